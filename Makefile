@@ -1,0 +1,36 @@
+# make demo: set up, then refine the shipped generator.  make test: the test suite.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.up-to-date
+
+.PHONY: setup demo test lint format gpu-check clean
+
+setup: $(STAMP)
+
+# The stamp is newer than what it was made from, so an up-to-date environment costs nothing.
+$(STAMP): requirements.txt requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/python refine.py --network=stylegan2-digits.pkl
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# On a CUDA machine, with whatever Python has PyTorch there.
+gpu-check:
+	$(PYTHON) -m pytest -m gpu
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,84 @@
+"""Bias, activation, gain and clamp in one operator (Karras et al. 2020, arXiv 2006.06676, section 3 of its code
+release).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from torch_utils import custom_ops
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation: `func(x, alpha)`, and the values that `bias_act` uses when none are given."""
+
+    func: Callable[[torch.Tensor, float], torch.Tensor]
+    def_alpha: float
+    def_gain: float  # keeps the variance of a unit normal near one
+
+
+activation_funcs = {
+    "linear": Activation(lambda x, alpha: x, 0, 1),
+    "relu": Activation(lambda x, alpha: F.relu(x), 0, math.sqrt(2)),
+    "lrelu": Activation(lambda x, alpha: F.leaky_relu(x, alpha), 0.2, math.sqrt(2)),
+    "tanh": Activation(lambda x, alpha: torch.tanh(x), 0, 1),
+    "sigmoid": Activation(lambda x, alpha: torch.sigmoid(x), 0, 1),
+    "elu": Activation(lambda x, alpha: F.elu(x), 0, 1),
+    "selu": Activation(lambda x, alpha: F.selu(x), 0, 1),
+    "softplus": Activation(lambda x, alpha: F.softplus(x), 0, 1),
+    "swish": Activation(lambda x, alpha: F.silu(x), 0, math.sqrt(2)),
+}
+
+
+def bias_act(
+    x: torch.Tensor,
+    b: torch.Tensor | None = None,
+    dim: int = 1,
+    act: str = "linear",
+    alpha: float | None = None,
+    gain: float | None = None,
+    clamp: float | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Compute `clamp(gain * act(x + b))`; differentiable any number of times.
+
+    Args:
+        x: any shape and floating dtype.
+        b: `[x.shape[dim]]`, same dtype as `x`; None adds nothing.
+        dim: the axis of `x` the bias runs along.
+        act: a key of `activation_funcs`.
+        alpha: negative slope of 'lrelu' (default 0.2); the others ignore it.
+        gain: factor after the activation (default: the activation's own).
+        clamp: limit the result to [-clamp, clamp], after the gain; None does not limit.
+        impl: 'auto', 'ref' or 'cuda', see `torch_utils.custom_ops.pick`.
+
+    Returns:
+        A tensor like `x`.
+
+    Raises:
+        ValueError: unknown activation, a bias that does not fit, a negative clamp.
+    """
+    if act not in activation_funcs:
+        raise ValueError(f"bias_act: act must be one of {', '.join(activation_funcs)}, not {act!r}")
+    spec = activation_funcs[act]
+    if b is not None and (b.ndim != 1 or not 0 <= dim < x.ndim or b.shape[0] != x.shape[dim]):
+        raise ValueError(f"bias_act: a bias of shape {list(b.shape)} does not fit axis {dim} of {list(x.shape)}")
+    if clamp is not None and clamp < 0:
+        raise ValueError(f"bias_act: clamp must not be negative, got {clamp}")
+    alpha = float(spec.def_alpha if alpha is None else alpha)
+    gain = float(spec.def_gain if gain is None else gain)
+    run = custom_ops.pick("bias_act", _bias_act_ref, impl, x.device)
+    return run(x, b, dim, act, alpha, gain, None if clamp is None else float(clamp))
+
+
+def _bias_act_ref(x, b, dim, act, alpha, gain, clamp):
+    if b is not None:
+        x = x + b.reshape([-1 if axis == dim else 1 for axis in range(x.ndim)])
+    x = activation_funcs[act].func(x, alpha)
+    if gain != 1:
+        x = x * gain
+    return x if clamp is None else x.clamp(-clamp, clamp)

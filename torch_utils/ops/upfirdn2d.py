@@ -1,0 +1,195 @@
+"""Pad, up-sample, FIR-filter and down-sample images in one operator (Karras et al. 2019, arXiv 1912.04958, appendix B).
+
+The order is fixed: insert `up - 1` zeros after every sample, pad (or crop, when negative), convolve with the filter,
+keep every `down`-th sample. Filters are float32 tensors made by `setup_filter`: `[fh, fw]`, or `[taps]` for a
+separable one that is applied along both axes. All functions take NCHW images and are differentiable any number of
+times.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from torch_utils import custom_ops
+
+
+def setup_filter(
+    f: torch.Tensor | np.ndarray | Sequence | float | None,
+    device: torch.device | str | None = None,
+    normalize: bool = True,
+    flip_filter: bool = False,
+    gain: float = 1,
+    separable: bool | None = None,
+) -> torch.Tensor:
+    """Make a filter for the other functions of this module.
+
+    Args:
+        f: taps `[taps]`, a matrix `[fh, fw]`, one number, or None for the identity.
+        device: where the filter shall live (default: torch's current default device).
+        normalize: divide by the sum, so that constant images keep their value.
+        flip_filter: reverse the filter.
+        gain: factor on the image's magnitude.
+        separable: keep 1-D taps 1-D. Default: only from 8 taps on, below which one 2-D pass is faster.
+
+    Returns:
+        float32 `[fh, fw]`, or `[taps]` when separable.
+    """
+    f = torch.as_tensor(1 if f is None else f, dtype=torch.float32, device=device)
+    if f.ndim > 2 or f.numel() == 0:
+        raise ValueError(f"a filter has one or two axes and at least one tap, not shape {list(f.shape)}")
+    f = f.reshape(1) if f.ndim == 0 else f
+    if separable is None:
+        separable = f.ndim == 1 and f.numel() >= 8
+    if f.ndim == 1 and not separable:
+        f = torch.outer(f, f)
+    if separable and f.ndim != 1:
+        raise ValueError(f"separable=True needs a 1-D filter, not shape {list(f.shape)}")
+    if normalize:
+        f = f / f.sum()
+    if flip_filter:
+        f = f.flip(list(range(f.ndim)))
+    return f * gain ** (f.ndim / 2)
+
+
+def upfirdn2d(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    up: int | Sequence[int] = 1,
+    down: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Zero-insert, pad, filter and decimate a batch of images.
+
+    Args:
+        x: `[N, C, H, W]`, any floating dtype.
+        f: filter from `setup_filter`; None is the one-tap identity.
+        up: zero-insertion factor, one number or `[x, y]`.
+        down: decimation factor, one number or `[x, y]`.
+        padding: in up-sampled pixels, one number, `[x, y]` or `[x0, x1, y0, y1]`; negative values crop.
+        flip_filter: False convolves, True correlates.
+        gain: factor on the result.
+        impl: 'auto', 'ref' or 'cuda', see `torch_utils.custom_ops.pick`.
+
+    Returns:
+        `[N, C, (H*up + y0 + y1 - fh) // down + 1, ...]`, dtype of `x`.
+
+    Raises:
+        ValueError: wrong shapes or factors, or a result without pixels.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"upfirdn2d: x must be [N, C, H, W], not {list(x.shape)}")
+    (up_x, up_y), (down_x, down_y) = _pair(up, "up"), _pair(down, "down")
+    x0, x1, y0, y1 = parse_padding(padding)
+    fw, fh = filter_size(f)
+    out_w = (x.shape[3] * up_x + x0 + x1 - fw) // down_x + 1
+    out_h = (x.shape[2] * up_y + y0 + y1 - fh) // down_y + 1
+    if out_w < 1 or out_h < 1:
+        raise ValueError(
+            f"upfirdn2d: a {x.shape[3]}x{x.shape[2]} image with padding {[x0, x1, y0, y1]} is smaller than the "
+            f"{fw}x{fh} filter"
+        )
+    run = custom_ops.pick("upfirdn2d", _upfirdn2d_ref, impl, x.device)
+    return run(x, f, (up_x, up_y), (down_x, down_y), (x0, x1, y0, y1), bool(flip_filter), float(gain))
+
+
+def filter2d(x, f, padding=0, flip_filter=False, gain=1, impl="auto"):
+    """Filter without changing the size (for `padding=0`); arguments as in `upfirdn2d`, padding on top of the filter's
+    own.
+    """
+    fw, fh = filter_size(f)
+    own = fw // 2, (fw - 1) // 2, fh // 2, (fh - 1) // 2
+    return upfirdn2d(x, f, padding=add_padding(padding, own), flip_filter=flip_filter, gain=gain, impl=impl)
+
+
+def upsample2d(x, f, up=2, padding=0, flip_filter=False, gain=1, impl="auto"):
+    """Enlarge by the factor `up`, keeping magnitudes; arguments as in `upfirdn2d`, padding in result pixels."""
+    up_x, up_y = _pair(up, "up")
+    padding = add_padding(padding, up_padding(f, (up_x, up_y)))
+    return upfirdn2d(
+        x, f, up=(up_x, up_y), padding=padding, flip_filter=flip_filter, gain=gain * up_x * up_y, impl=impl
+    )
+
+
+def downsample2d(x, f, down=2, padding=0, flip_filter=False, gain=1, impl="auto"):
+    """Shrink by the factor `down`; arguments as in `upfirdn2d`, padding in source pixels."""
+    factors = _pair(down, "down")
+    padding = add_padding(padding, down_padding(f, factors))
+    return upfirdn2d(x, f, down=factors, padding=padding, flip_filter=flip_filter, gain=gain, impl=impl)
+
+
+def filter_size(f: torch.Tensor | None) -> tuple[int, int]:
+    """(width, height) of a filter; (1, 1) for None."""
+    if f is None:
+        return 1, 1
+    if f.ndim not in (1, 2) or f.dtype != torch.float32:
+        raise ValueError(f"a filter is a float32 tensor [taps] or [fh, fw], not {f.dtype} {list(f.shape)}")
+    return f.shape[-1], f.shape[0]
+
+
+def up_padding(f: torch.Tensor | None, up: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Padding that keeps an up-sampled image centred: (x0, x1, y0, y1)."""
+    return tuple(p for w, u in zip(filter_size(f), up) for p in ((w + u - 1) // 2, (w - u) // 2))
+
+
+def down_padding(f: torch.Tensor | None, down: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Padding that keeps a down-sampled image centred: (x0, x1, y0, y1)."""
+    return tuple(p for w, d in zip(filter_size(f), down) for p in ((w - d + 1) // 2, (w - d) // 2))
+
+
+def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or any(not isinstance(v, int) or v < 1 for v in pair):
+        raise ValueError(f"upfirdn2d: {name} must be a positive integer or two of them, not {value!r}")
+    return pair
+
+
+def parse_padding(value: int | Sequence[int]) -> tuple[int, int, int, int]:
+    """One, two ([x, y]) or four padding values as (x0, x1, y0, y1)."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    if len(values) not in (1, 2, 4) or any(not isinstance(v, int) for v in values):
+        raise ValueError(f"upfirdn2d: padding must be one, two or four integers, not {value!r}")
+    return {1: lambda p: (p, p, p, p), 2: lambda x, y: (x, x, y, y), 4: lambda *p: p}[len(values)](*values)
+
+
+def add_padding(padding: int | Sequence[int], own: tuple[int, ...]) -> tuple[int, ...]:
+    """Padding in any spelling plus (x0, x1, y0, y1)."""
+    return tuple(a + b for a, b in zip(parse_padding(padding), own))
+
+
+def _upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain):
+    if f is None:
+        f = torch.ones([1, 1], dtype=torch.float32, device=x.device)
+    f = f.to(x.dtype)
+    if f.ndim == 2:
+        return _fir(x, f * gain, up, down, padding, flip_filter)
+    f = f * gain**0.5  # each of the two passes carries half of the gain
+    x = _fir(x, f[None, :], (up[0], 1), (down[0], 1), (*padding[:2], 0, 0), flip_filter)
+    return _fir(x, f[:, None], (1, up[1]), (1, down[1]), (0, 0, *padding[2:]), flip_filter)
+
+
+def _fir(x, f, up, down, padding, flip_filter):
+    """One filtering pass; `f` is [fh, fw] and already carries the gain."""
+    channels = x.shape[1]
+    (fh, fw), (up_x, up_y), (down_x, down_y), (x0, x1, y0, y1) = f.shape, up, down, padding
+    if up_x == up_y == 1:
+        # conv2d correlates; its stride skips the samples that decimation would drop.
+        weight = (f if flip_filter else f.flip([0, 1])).expand(channels, 1, fh, fw)
+        if x0 == x1 >= 0 and y0 == y1 >= 0:
+            return F.conv2d(x, weight, stride=(down_y, down_x), padding=(y0, x0), groups=channels)
+        return F.conv2d(F.pad(x, [x0, x1, y0, y1]), weight, stride=(down_y, down_x), groups=channels)
+    # A strided transposed convolution is zero-insertion followed by a full convolution, without touching the zeros. Its
+    # result starts fh-1 (fw-1) samples earlier than the valid one and lacks the zeros after the last sample.
+    weight = (f.flip([0, 1]) if flip_filter else f).expand(channels, 1, fh, fw)
+    left, right = x0 - (fw - 1), x1 - (fw - 1) + up_x - 1
+    top, bottom = y0 - (fh - 1), y1 - (fh - 1) + up_y - 1
+    crop_x, crop_y = max(min(-left, -right), 0), max(min(-top, -bottom), 0)
+    x = F.conv_transpose2d(x, weight, stride=(up_y, up_x), padding=(crop_y, crop_x), groups=channels)
+    rest = [left + crop_x, right + crop_x, top + crop_y, bottom + crop_y]
+    if any(rest):
+        x = F.pad(x, rest)
+    return x[:, :, ::down_y, ::down_x] if (down_x, down_y) != (1, 1) else x
