@@ -1,0 +1,261 @@
+"""Network pickles: read without executing anything from them, written so that the official tools open them.
+
+The layout is that of stylegan2-ada-pytorch, stylegan3 and EDM: a dictionary of networks, each stored as its class name,
+its instance dictionary and the source text of the module that defines it. The official loader runs that text. Here it
+is only kept, to be written back, and the class registered under the name is used instead.
+"""
+
+import copy
+import functools
+import importlib
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import torch
+
+from torch_utils import _pickle_networks, _pickle_reader, _pickle_writer, misc
+from torch_utils._pickle_machine import NetworkFormatError, printable
+from torch_utils._pickle_networks import Blueprint, blueprint
+from torch_utils._pickle_reader import TENSORFLOW_NETWORK, Record
+
+__all__ = [
+    "Blueprint",
+    "NetworkFormatError",
+    "Record",
+    "TENSORFLOW_NETWORK",
+    "blueprint",
+    "load",
+    "persistent_class",
+    "printable",
+    "register_translator",
+    "save",
+]
+
+Class = TypeVar("Class", bound=type)
+
+# Modules that register classes or translators, imported by the first `load`. Those that do not exist are passed over.
+_PROVIDERS = (
+    "stylegan2_ada.networks",
+    "stylegan2_ada.augment",
+    "stylegan2_ada.flavours",
+    "stylegan2_ada.tf_legacy",
+    "di_refine.edm.networks",
+)
+_NETWORK_KEYS = {"G", "D", "G_ema", "ema", "net", "Sg"}
+_TENSORFLOW_KEYS = ("G", "D", "G_ema")
+
+_classes: dict[str, list[type]] = {}
+_module_texts: dict[type, str | None] = {}
+_translators: dict[str, Callable[[Record], Blueprint | None]] = {}
+
+
+def persistent_class(cls: Class) -> Class:
+    """Class decorator: register the class for `load` and record the constructor arguments of its instances.
+
+    Instances get the read-only properties `init_args` (tuple) and `init_kwargs` (dict), copies of what the outermost
+    constructor call was given. The class itself is returned. A class of the same name may be registered again; `load`
+    takes the first whose constructor and tensors fit.
+
+    `load` runs the constructor with tensors that have no memory, then fills in parameters and buffers. So the
+    constructor must not look into tensors it has made (unless from data or on an explicit device), and an instance has
+    to be determined by arguments, parameters, buffers and plain attributes.
+    """
+    if cls in _module_texts:
+        return cls
+    construct = cls.__init__
+
+    @functools.wraps(construct)
+    def __init__(self, *args, **kwargs):
+        if "_init_kwargs" not in self.__dict__:  # a subclass may have been here first: the outermost call counts
+            self.__dict__.update(_init_args=copy.deepcopy(args), _init_kwargs=copy.deepcopy(kwargs))
+        construct(self, *args, **kwargs)
+
+    cls.__init__ = __init__
+    cls.init_args = property(lambda self: copy.deepcopy(self._init_args))
+    cls.init_kwargs = property(lambda self: copy.deepcopy(self._init_kwargs))
+    _classes.setdefault(cls.__name__, []).append(cls)
+    # Read now: by the time a network is saved the file may have been edited.
+    _module_texts[cls] = _read_text(inspect.currentframe().f_back.f_globals.get("__file__"))
+    return cls
+
+
+def _read_text(path: str | None) -> str | None:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (TypeError, OSError, UnicodeDecodeError):  # code that was not read from a file
+        return None
+    return next((known for known in _module_texts.values() if known == text), text)  # one object, pickled once
+
+
+def register_translator(class_name: str, translate: Callable[[Record], Blueprint | None]) -> None:
+    """Have `translate` turn foreign records of this class name into blueprints for a registered class.
+
+    It returns None for records that need no translation and raises NetworkFormatError for those it knows to be useless.
+    TensorFlow-era networks come as records named `TENSORFLOW_NETWORK`.
+    """
+    _translators[class_name] = translate
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading.
+
+
+def load(source: str | os.PathLike | bytes | IO[bytes]) -> dict[str, Any]:
+    """Read a network pickle of StyleGAN2-ADA (also TensorFlow-era, or from the StyleGAN3 repository), EDM, or `save`.
+
+    Nothing in the file is executed or imported.
+
+    Args:
+        source: path, the bytes themselves, or a binary file, which is read from where it stands to its end.
+
+    Returns:
+        The dictionary in the file. Networks are modules of this project on the CPU, in eval mode, without gradients.
+        Persistent objects without parameters that no class here fits (losses, some augmentation pipes) stay `Record`.
+
+    Raises:
+        NetworkFormatError: names the file and says why it is not usable.
+    """
+    _import_providers()
+    name, data = _read_source(source)
+    try:
+        return _rebuild_all(_pickle_reader.read(data))
+    except NetworkFormatError as error:
+        raise NetworkFormatError(f"{name}: {error}") from None
+    except Exception as error:  # a hostile file can make anything fail, recursion and memory included
+        raise NetworkFormatError(f"{name}: damaged ({type(error).__name__}: {printable(error)})") from error
+
+
+@functools.cache
+def _import_providers() -> None:
+    for name in _PROVIDERS:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not error.name or not f"{name}.".startswith(f"{error.name}."):
+                raise
+
+
+def _read_source(source: Any) -> tuple[str, bytes]:
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return "network pickle", bytes(source)
+    if hasattr(source, "read"):
+        name, data = printable(getattr(source, "name", "network pickle")), source.read()
+        if not isinstance(data, bytes):
+            raise NetworkFormatError(f"{name}: open the file in binary mode")
+        return name, data
+    name = os.fspath(source)
+    try:
+        if not os.path.exists(name):
+            raise NetworkFormatError(f"{name}: no such file")
+        if not os.path.isfile(name):  # opening a pipe would wait for a writer
+            raise NetworkFormatError(f"{name}: not a regular file")
+        return name, Path(name).read_bytes()
+    except OSError as error:
+        raise NetworkFormatError(f"{name}: {error.strerror}") from error
+
+
+def _rebuild_all(content: Any) -> dict[str, Any]:
+    if (
+        isinstance(content, tuple)
+        and [getattr(item, "class_name", None) for item in content] == [TENSORFLOW_NETWORK] * 3
+    ):
+        content = dict(zip(_TENSORFLOW_KEYS, content))
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise NetworkFormatError(f"holds a {type(content).__name__} instead of a dictionary of networks")
+    rebuilt: dict[int, Any] = {}
+    result = {}
+    for key, value in content.items():
+        if isinstance(value, Record):
+            if id(value) not in rebuilt:
+                rebuilt[id(value)] = _rebuild(printable(key), value)
+            result[key] = rebuilt[id(value)]
+        elif key in _NETWORK_KEYS and value is not None:
+            raise NetworkFormatError(f"'{key}' is a {type(value).__name__}, not a network")
+        else:
+            result[key] = _pickle_writer.plain(value)
+    return result
+
+
+def _rebuild(key: str, record: Record) -> Any:
+    """The object of a record, or the record itself where no class fits and none is needed."""
+    label = f"'{key}' ({printable(record.class_name)})"
+    try:
+        plan = _translators.get(record.class_name, blueprint)(record) or blueprint(record)
+        classes = _classes.get(plan.class_name, [])
+        if not classes:
+            raise NetworkFormatError("the class is not known")
+        network, problems = None, []
+        for cls in classes:
+            try:
+                network = _pickle_networks.assemble(cls, plan)
+                break
+            except NetworkFormatError as error:
+                problems.append(str(error))
+        if network is None:
+            raise NetworkFormatError("; or ".join(dict.fromkeys(problems)))
+    except NetworkFormatError as error:
+        if key in _NETWORK_KEYS or _has_parameters(record):
+            raise NetworkFormatError(f"{label}: {error}") from None
+        return _pickle_writer.plain(record)
+    if record.module_src is not None:
+        network.__dict__["_source_record"] = _pickle_networks.without_tensors(record)
+    return network
+
+
+def _has_parameters(record: Record) -> bool:
+    return any(layer.state.get("_parameters") for layer in _pickle_networks.walk(record).values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing.
+
+
+def save(networks: dict[str, Any], path: str | os.PathLike) -> None:
+    """Write a network pickle that `load` and the official StyleGAN2-ADA, StyleGAN3 and EDM code read.
+
+    The file holds the networks' present weights, on the CPU, in eval mode, without gradients; the networks themselves
+    stay as they are. A network that came from a file keeps that file's source text, attributes and constructor
+    arguments, so that it opens wherever the original did. The file appears complete or not at all.
+
+    Args:
+        networks: networks (instances of persistent classes), records, plain data and tensors under their names.
+        path: file to write; its folder must exist.
+
+    Raises:
+        NetworkFormatError: when something in `networks` could not be loaded again; names it.
+    """
+    content = {}
+    records: dict[int, Any] = {}  # a network under two names is one network
+    memo: dict[int, Any] = {}
+    for key, value in networks.items():
+        try:
+            if not isinstance(key, str):
+                raise TypeError("names have to be strings")
+            if id(value) not in records:
+                records[id(value)] = _record(value)
+            content[key] = _pickle_writer.plain(records[id(value)], memo)
+        except (TypeError, ValueError) as error:
+            raise NetworkFormatError(f"{os.fspath(path)}: not written, '{key}': {error}") from error
+    with misc.open_atomic(path) as file:
+        _pickle_writer.write(content, file, _reconstruct_persistent_obj)
+
+
+def _record(value: Any) -> Any:
+    """`value` itself unless it is a persistent object."""
+    is_module = isinstance(value, torch.nn.Module)
+    if not is_module and type(value) not in _module_texts:
+        return value
+    record = vars(value).get("_source_record")
+    if record is None:
+        record = _pickle_networks.describe(value, _module_texts)
+        if is_module:
+            record = _pickle_networks.as_constructed(record, value)
+    return _pickle_networks.fill(record, value) if is_module else record
+
+
+def _reconstruct_persistent_obj(meta: Any) -> Any:
+    """Stands in network pickles as the function that rebuilds a network by running the source text beside it."""
+    raise NetworkFormatError("a network pickle is opened with torch_utils.persistence.load, not with pickle.load")
