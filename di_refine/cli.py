@@ -1,0 +1,400 @@
+"""What every command shares: errors as one sentence, option types, devices, progress on stderr, results on stdout.
+
+A command is declared with `@command()` instead of `@click.command()`; nothing else is needed for its error handling:
+
+    @cli.command()
+    @click.option("--batch", type=cli.Integer(1), default=64, help="Images per step.")
+    def main(batch):
+        ...
+        cli.print_result({"batch": batch})
+
+Exit status: 0 done, 1 failed while running, 2 the user can mend it (options, files), 130 interrupted. Any other
+exception is a bug of ours and keeps its traceback.
+"""
+
+import errno
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from tqdm import tqdm
+
+from di_refine.errors import InputError, RunError
+
+CONTEXT = {"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]}
+
+MAX_LIST = 10_000_000  # a mistyped range such as 0-99999999999 must not eat the memory
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+class _OneSentence:
+    """Mixed into a click command: its failures are one sentence on stderr and an exit status."""
+
+    def main(self, args=None, prog_name=None, complete_var=None, standalone_mode=True, **extra):
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        try:
+            result = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except (Exception, KeyboardInterrupt) as error:
+            failure = describe(error)
+            if failure is None:
+                raise
+            status, sentence = failure
+            click.echo(sentence, err=True)
+            sys.exit(status)
+        sys.exit(result if isinstance(result, int) else 0)  # click returns the status of `--help` and `ctx.exit()`
+
+
+class Command(_OneSentence, click.Command):
+    """A command with this project's error handling."""
+
+
+class Group(_OneSentence, click.Group):
+    """A command of sub-commands, with this project's error handling."""
+
+
+def command(**attributes) -> Callable[[Callable], Command]:
+    """`click.command` with this project's error handling and help settings."""
+    return click.command(cls=Command, **{"context_settings": CONTEXT, **attributes})
+
+
+def group(**attributes) -> Callable[[Callable], Group]:
+    """`click.group` with the same error handling and help settings; sub-commands are added with `@name.command()`."""
+    return click.group(cls=Group, **{"context_settings": CONTEXT, **attributes})
+
+
+def describe(error: BaseException) -> tuple[int, str] | None:
+    """Exit status and sentence for an exception, or None where it is a bug that should show its traceback."""
+    persistence = sys.modules.get("torch_utils.persistence")  # whoever raised its error has imported it
+    format_error = getattr(persistence, "NetworkFormatError", InputError)
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        return 130, "interrupted"
+    if isinstance(error, click.UsageError):
+        return 2, f"error: {_one_line(error.format_message()).rstrip('.')} (--help lists the options)"
+    if isinstance(error, click.ClickException):
+        return error.exit_code, f"error: {_one_line(error.format_message())}"
+    if isinstance(error, (InputError, format_error)):
+        return 2, f"error: {_one_line(error)}"
+    if isinstance(error, RunError):
+        return 1, f"error: {_one_line(error)}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return 1, "error: out of GPU memory; use a smaller batch per GPU"
+    if isinstance(error, OSError):
+        return 1, f"error: {_one_line(_os_sentence(error))}"
+    return None
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())
+
+
+def _os_sentence(error: OSError) -> str:
+    if error.strerror is None:
+        return str(error) or type(error).__name__
+    where = f"{error.filename}: " if error.filename else ""
+    advice = "; free some space or choose another folder" if error.errno == errno.ENOSPC else ""
+    return f"{where}{error.strerror}{advice}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Option types
+
+
+def option_name(param: click.Parameter | None) -> str:
+    """The spelling a user knows, '--batch-gpu', for messages."""
+    if param is None:
+        return "the value"
+    return param.opts[0] if param.opts and param.opts[0].startswith("-") else (param.name or "the value")
+
+
+class _Typed(click.ParamType):
+    """Converts text, and says `--option must be ..., not 'text'` where it cannot."""
+
+    wanted = ""
+
+    def parse(self, text: str) -> Any:
+        raise NotImplementedError
+
+    def convert(self, value, param, ctx):
+        try:
+            return self.parse(str(value)) if isinstance(value, (str, int, float)) else value
+        except ValueError:
+            raise click.UsageError(f"{option_name(param)} must be {self.wanted}, not {str(value)!r}", ctx) from None
+
+
+class Integer(_Typed):
+    """A whole number, `minimum` to `maximum` inclusive."""
+
+    name = "integer"
+
+    def __init__(self, minimum: int | None = None, maximum: int | None = None):
+        self.minimum, self.maximum = minimum, maximum
+        self.wanted = "a whole number" + _bounds(minimum, maximum)
+
+    def parse(self, text: str) -> int:
+        return _in_bounds(int(text), self.minimum, self.maximum)
+
+
+class Number(_Typed):
+    """A finite number, `minimum` to `maximum` inclusive, or strictly greater than `above`."""
+
+    name = "number"
+
+    def __init__(self, minimum: float | None = None, maximum: float | None = None, above: float | None = None):
+        self.minimum, self.maximum, self.above = minimum, maximum, above
+        self.wanted = "a number" + _bounds(minimum, maximum, above)
+
+    def parse(self, text: str) -> float:
+        number = float(text)
+        if not math.isfinite(number) or (self.above is not None and number <= self.above):
+            raise ValueError
+        return _in_bounds(number, self.minimum, self.maximum)
+
+
+class IntegerList(_Typed):
+    """Non-negative integers and ranges: '0-63', '1,5,8-10'."""
+
+    name = "list"
+    wanted = "a list of numbers and ascending ranges such as 0-63 or 1,5,8-10"
+
+    def parse(self, text: str) -> list[int]:
+        return parse_list(text)
+
+
+def parse_list(text: str) -> list[int]:
+    """'1,5,8-10' -> [1, 5, 8, 9, 10], in the order given.
+
+    Raises:
+        ValueError: for anything else, a descending range, or more than ten million numbers.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+            raise ValueError(text)
+        start, stop = int(first), int(last or first) + 1
+        if stop <= start or stop - start + len(numbers) > MAX_LIST:
+            raise ValueError(text)
+        numbers += range(start, stop)
+    return numbers
+
+
+def _bounds(minimum, maximum, above=None) -> str:
+    words = [f"greater than {above:g}"] if above is not None else []
+    words += [f"at least {minimum:g}"] if minimum is not None else []
+    words += [f"at most {maximum:g}"] if maximum is not None else []
+    return f" ({' and '.join(words)})" if words else ""
+
+
+def _in_bounds(number, minimum, maximum):
+    if (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
+        raise ValueError
+    return number
+
+
+POSITIVE_INT = Integer(minimum=1)
+NON_NEGATIVE_INT = Integer(minimum=0)
+POSITIVE_NUMBER = Number(above=0)
+NON_NEGATIVE_NUMBER = Number(minimum=0)
+INT_LIST = IntegerList()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Devices and places to write
+
+device_option = click.option(
+    "--device",
+    default="auto",
+    metavar="auto|cpu|mps|cuda[:N]",
+    help="Where to compute; auto is cuda, else mps, else cpu.",
+)
+
+
+def pick_device(name: str | None = "auto") -> torch.device:
+    """The device a user asked for; under torchrun, 'auto' and 'cuda' are the GPU of this process.
+
+    Raises:
+        InputError: naming --device, when it is not known or not there.
+    """
+    name = name or "auto"
+    if name == "auto":
+        has_mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device must be auto, cpu, mps, cuda or cuda:N, not {name!r}") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise InputError(f"--device={name}: this PyTorch ({torch.__version__}) sees no CUDA GPU; use --device=cpu")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"--device={device}: this machine has {torch.cuda.device_count()} GPU(s), counted from 0")
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device=mps: this machine has no Metal GPU; use --device=cpu")
+    elif device.type not in ("cpu", "mps"):
+        raise InputError(f"--device must be auto, cpu, mps, cuda or cuda:N, not {name!r}")
+    return device
+
+
+def check_outdir(path: str | os.PathLike, option: str = "--outdir") -> Path:
+    """Check, leaving nothing behind, that a folder can be written to or created.
+
+    Raises:
+        InputError: naming the option, when the path is a file or writing there is refused.
+    """
+    path = Path(path)
+    existing = path
+    while not os.path.lexists(existing) and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise InputError(f"{option}={path}: {existing} is not a folder; choose another place")
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # os.access is wrong for root and for network file systems
+            pass
+    except OSError as error:
+        raise InputError(
+            f"{option}={path}: cannot write to {existing} ({error.strerror}); choose another place"
+        ) from None
+    return path
+
+
+def check_outfile(path: str | os.PathLike, option: str, overwrite: bool = True) -> Path:
+    """Check that a file can be written (its folder may have to be created), before any work is spent on its content.
+
+    Raises:
+        InputError: naming the option, when the path is a folder, its folder cannot be written to, or the file exists
+            and `overwrite` is off.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{option}={path} is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise InputError(f"{option}={path} exists already; choose another name or give --overwrite")
+    check_outdir(path.parent, option)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Progress (stderr) and results (stdout)
+
+
+class progress:
+    """Progress on stderr: a bar on a terminal, otherwise a plain line every few seconds.
+
+        with progress(50_000, "sampling", "img") as bar:
+            bar.update(64)
+
+    Args:
+        total: how many units there will be, or None where that is unknown.
+        desc: what is being done.
+        unit: what is counted.
+        enabled: False for silence, as on all but the first process of several.
+        every: seconds between plain lines.
+    """
+
+    def __init__(self, total: int | None, desc: str, unit: str = "it", enabled: bool = True, every: float = 5.0):
+        self.total, self.desc, self.unit, self.enabled, self.every = total, desc, unit, enabled, every
+        self.count = self._printed = 0
+        self._note = ""
+        self._bar = None
+
+    def __enter__(self) -> "progress":
+        self._start = self._last = time.monotonic()
+        if self.enabled and sys.stderr.isatty():
+            scale = self.unit == "B"
+            self._bar = tqdm(total=self.total, desc=self.desc, unit=self.unit, unit_scale=scale, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self.enabled and kind is None and self.count > self._printed:
+            self._print(time.monotonic())
+
+    def update(self, count: int = 1) -> None:
+        """Add `count` units."""
+        self.count += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif self.enabled and (now := time.monotonic()) - self._last >= self.every:
+            self._print(now)
+
+    def note(self, text: str) -> None:
+        """A few words shown after the numbers, such as the current loss."""
+        self._note = text
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+
+    def _print(self, now: float) -> None:
+        self._last, self._printed = now, self.count
+        elapsed = max(now - self._start, 1e-9)
+        share = f"/{self.total} {self.unit} ({self.count / self.total:.0%})" if self.total else f" {self.unit}"
+        left = (self.total - self.count) * elapsed / self.count if self.total and self.count else 0
+        words = [f"{self.desc}: {self.count}{share}", f"{self.count / elapsed:.4g} {self.unit}/s"]
+        words += [f"{format_time(left)} left"] if left > 0 else [f"took {format_time(elapsed)}"] if self.total else []
+        words += [self._note] if self._note else []
+        print(", ".join(words), file=sys.stderr, flush=True)
+
+
+def format_time(seconds: float) -> str:
+    """'8s', '2m 05s', '3h 07m', '2d 04h'."""
+    total = round(seconds)
+    minutes, hours, days = total // 60, total // 3600, total // 86400
+    if not minutes:
+        return f"{total}s"
+    if not hours:
+        return f"{minutes}m {total % 60:02d}s"
+    return f"{hours}h {minutes % 60:02d}m" if not days else f"{days}d {hours % 24:02d}h"
+
+
+def plain(value: Any) -> Any:
+    """The JSON form of a value.
+
+    Floats keep six significant digits, and never less than their whole part; NaN and infinity become None; numpy
+    scalars, arrays and tensors become numbers and lists; anything else becomes text.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return round(value, max(0, 5 - math.floor(math.log10(abs(value))))) if value else 0.0
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return str(value)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Write a command's result as one JSON object on one line of stdout; it must be the last thing printed there."""
+    click.echo(json.dumps(plain(result), allow_nan=False))
+
+
+def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> None:
+    """Write an aligned plain-text table to stdout; columns of numbers are flush right."""
+    rows = [["" if (cell := plain(item)) is None else cell for item in row] for row in rows]
+    numeric = [
+        bool(rows) and all(isinstance(row[i], (int, float)) or row[i] == "" for row in rows) for i in range(len(header))
+    ]
+    text = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in text) for i in range(len(header))]
+    text.insert(1, ["-" * width for width in widths])
+    for row in text:
+        cells = [cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric)]
+        click.echo("  ".join(cells).rstrip())

@@ -1,0 +1,439 @@
+"""Image data sets in the layout of the StyleGAN family, and training batches from them.
+
+A data set is a zip file or a folder of PNG or JPEG images, in sub-folders or not, with an optional `dataset.json`:
+
+    {"labels": [["00000/img00000000.png", 6], ["00000/img00000001.png", 9], ...]}
+
+A label is a class number or a list of numbers; `"labels": null` means there are none. Other keys are ignored.
+"""
+
+import copy
+import hashlib
+import io
+import json
+import os
+import threading
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+import numpy as np
+import torch
+from PIL import Image
+
+from di_refine.errors import InputError
+from torch_utils.misc import derive_seed
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+MAX_CLASSES = 100_000  # one-hot labels of more would not fit anywhere, so a larger number is a mistake in the file
+MEMORY_LIMIT = 2 << 30  # bytes of decoded images kept in memory
+
+
+class ImageFiles:
+    """Read access to the files of a folder or a zip archive, by their names relative to it.
+
+    May be pickled and used from several threads and processes.
+
+    Args:
+        path: the folder or zip file.
+        option: the command's option that named it, for messages.
+
+    Raises:
+        InputError: when the path does not exist or is neither a folder nor a zip file.
+    """
+
+    def __init__(self, path: str | os.PathLike, option: str = "--data"):
+        self.path = Path(path)
+        self._archive: zipfile.ZipFile | None = None
+        self._lock = threading.Lock()
+        self._owner = 0
+        if self.path.is_dir():
+            found = (Path(root, file) for root, _, files in os.walk(self.path) for file in files)
+            names = [file.relative_to(self.path).as_posix() for file in found]
+            self._is_zip = False
+        elif not self.path.is_file():
+            raise InputError(f"{option}={path} does not exist; give a folder or zip file of images")
+        else:
+            self._is_zip = True
+            try:
+                names = [entry.filename for entry in self._zip().infolist() if not entry.is_dir()]
+            except (zipfile.BadZipFile, ValueError):
+                raise InputError(f"{option}={path} is neither a folder nor a zip file, or it is damaged") from None
+        self.names = sorted(name for name in names if not _is_hidden(name))
+        self.image_names = [name for name in self.names if name.lower().endswith(EXTENSIONS)]
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open one file for reading.
+
+        Raises:
+            InputError: naming the file, when it cannot be opened.
+        """
+        try:
+            return self._zip().open(name) if self._is_zip else open(self.path / name, "rb")
+        except (zipfile.BadZipFile, OSError, KeyError, RuntimeError, NotImplementedError) as error:
+            raise InputError(f"{self.path}: cannot read {name} ({_reason(error)})") from None
+
+    def image(self, name: str) -> Image.Image:
+        """Decode one image.
+
+        Raises:
+            InputError: naming the image, when it is damaged or no image at all.
+        """
+        try:
+            with self._lock, self.open(name) as file:  # ZipFile counts its open members without a lock
+                content = file.read()
+            image = Image.open(io.BytesIO(content))
+            image.load()
+            return image
+        except InputError:
+            raise
+        except Exception as error:  # Pillow and zipfile raise a dozen unrelated types for damaged data
+            raise InputError(f"{self.path}: image {name} is damaged or not an image ({_reason(error)})") from None
+
+    def header(self, name: str) -> tuple[tuple[int, int], str]:
+        """(width, height) and Pillow mode of one image, without decoding its pixels.
+
+        Raises:
+            InputError: as `image` does.
+        """
+        try:
+            with self.open(name) as file, Image.open(file) as image:
+                return image.size, image.mode
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"{self.path}: image {name} is damaged or not an image ({_reason(error)})") from None
+
+    def labels(self) -> dict[str, int | list[float]] | None:
+        """The labels in `dataset.json` by image name, or None where there are none.
+
+        Raises:
+            InputError: when the file is malformed, names an image that is not there, or leaves one without a label.
+        """
+        if "dataset.json" not in self.names:
+            return None
+        where = f"{self.path}: dataset.json"
+        try:
+            with self.open("dataset.json") as file:
+                content = json.load(file)
+            entries = content.get("labels")
+            if entries is None:
+                return None
+            labels = {name.replace("\\", "/"): label for name, label in entries}
+        except (ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile):
+            raise InputError(f'{where} is malformed; expected {{"labels": [["name", 0], ...]}} or null') from None
+        known = set(self.image_names)
+        if unknown := next((name for name in labels if name not in known), None):
+            raise InputError(f"{where} has a label for {unknown}, which is not there")
+        if missing := next((name for name in self.image_names if name not in labels), None):
+            raise InputError(f"{where} has no label for {missing}; label every image or none")
+        return labels
+
+    def _zip(self) -> zipfile.ZipFile:
+        if self._archive is None or self._owner != os.getpid():  # a forked file handle would share its position
+            self._archive, self._owner = zipfile.ZipFile(self.path), os.getpid()
+        return self._archive
+
+    def __getstate__(self):
+        return {**self.__dict__, "_archive": None, "_lock": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _lock=threading.Lock())
+
+
+class ImageDataset:
+    """Square images of one size with optional labels.
+
+    Args:
+        path: a zip file or folder in the layout of this module's docstring.
+        mirror: append a left-right mirrored copy of every image, which doubles the data set.
+        option: the command's option that named the path, for messages.
+
+    Raises:
+        InputError: naming the first file at fault, when there are no images, a header is damaged, images differ in size
+            or channels, are not square, are neither 8-bit greyscale nor RGB, or the labels do not fit.
+    """
+
+    def __init__(self, path: str | os.PathLike, mirror: bool = False, option: str = "--data"):
+        self.files = ImageFiles(path, option)
+        self.path, self.mirror, self.option = self.files.path, mirror, option
+        self._names = self.files.image_names
+        if not self._names:
+            raise InputError(f"{option}={path} holds no images (looked for {', '.join(EXTENSIONS)})")
+        self.resolution, self.num_channels = self._check_headers()
+        self._labels = self._read_labels()
+        #: Number of classes (largest class number plus one) or length of the label vectors; 0 without labels.
+        self.label_dim = int(self._labels.max()) + 1 if self._labels.ndim == 1 else self._labels.shape[1]
+
+    def _check_headers(self) -> tuple[int, int]:
+        first = self._names[0]
+        size, mode = self.files.header(first)
+        if size[0] != size[1]:
+            raise InputError(f"{self.path}: image {first} is {size[0]}x{size[1]}, not square; see dataset_tool.py")
+        if mode not in ("L", "RGB"):
+            raise InputError(
+                f"{self.path}: image {first} has Pillow mode {mode}, neither 8-bit greyscale nor RGB; convert it with "
+                "dataset_tool.py --rgb"
+            )
+        for name in self._names[1:]:
+            other_size, other_mode = self.files.header(name)
+            if other_size != size:
+                sizes = [f"{width}x{height}" for width, height in (other_size, size)]
+                raise InputError(
+                    f"{self.path}: image {name} is {sizes[0]} but {first} is {sizes[1]}; bring them to one size with "
+                    "dataset_tool.py --resolution"
+                )
+            if other_mode != mode:
+                raise InputError(
+                    f"{self.path}: image {name} has Pillow mode {other_mode} but {first} has {mode}; convert them with "
+                    "dataset_tool.py --grey or --rgb"
+                )
+        return size[0], 1 if mode == "L" else 3
+
+    def _read_labels(self) -> np.ndarray:
+        """Class numbers [N] as int64, label vectors [N, L] as float32, or nothing [N, 0]."""
+        labels = self.files.labels()
+        if labels is None:
+            return np.zeros([len(self._names), 0], np.float32)
+        values = [labels[name] for name in self._names]
+        if all(type(value) is int for value in values):
+            if wrong := next((n for n, v in zip(self._names, values) if not 0 <= v < MAX_CLASSES), None):
+                raise InputError(
+                    f"{self.path}: dataset.json gives {wrong} the label {labels[wrong]}; class numbers are 0 to "
+                    f"{MAX_CLASSES - 1}"
+                )
+            return np.array(values, np.int64)
+        try:
+            vectors = np.array(values, np.float32)
+        except (ValueError, TypeError, OverflowError):
+            vectors = np.empty(0)
+        if vectors.ndim != 2 or not np.isfinite(vectors).all():
+            raise InputError(
+                f"{self.path}: labels in dataset.json must be all class numbers, or all vectors of one length"
+            )
+        return vectors
+
+    def __len__(self) -> int:
+        return len(self._names) * (2 if self.mirror else 1)
+
+    @property
+    def name(self) -> str:
+        """The file's name without folder and extension."""
+        return self.path.stem
+
+    @property
+    def has_labels(self) -> bool:
+        return self.label_dim > 0
+
+    def class_frequencies(self) -> np.ndarray:
+        """The share of each class, float64 [label_dim], summing to 1 (empty without labels).
+
+        Raises:
+            InputError: when the labels are vectors, not classes.
+        """
+        if not self.has_labels:
+            return np.zeros(0)
+        if self._labels.ndim != 1:
+            raise InputError(f"{self.option}={self.path}: its labels are vectors, so it has no classes to count")
+        return np.bincount(self._labels, minlength=self.label_dim) / len(self._labels)
+
+    def check_compatible(self, resolution: int, num_channels: int, label_dim: int | None = None, what: str = "network"):
+        """Check that the images suit a network.
+
+        Args:
+            resolution: of the network.
+            num_channels: of the network.
+            label_dim: of the network, or None where labels do not matter. 0 accepts any data set.
+            what: a name for the network, for the message.
+
+        Raises:
+            InputError: naming what differs.
+        """
+        mine, wanted = (self.resolution, self.num_channels), (resolution, num_channels)
+        if mine != wanted:
+            raise InputError(
+                f"{self.option}={self.path} holds {mine[0]}x{mine[0]} images with {mine[1]} channel(s), but the {what} "
+                f"has {wanted[0]}x{wanted[0]} with {wanted[1]}; convert the data with dataset_tool.py"
+            )
+        if label_dim and label_dim != self.label_dim:
+            raise InputError(
+                f"{self.option}={self.path} has {self.label_dim} classes, but the {what} is conditional on {label_dim}"
+            )
+
+    def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Decode images.
+
+        Returns:
+            uint8 [N, C, H, W].
+
+        Raises:
+            InputError: naming the image, when its pixels are damaged.
+        """
+        shape = [len(indices), self.num_channels, self.resolution, self.resolution]
+        images = np.empty(shape, np.uint8)
+        for row, index in enumerate(indices):
+            pixels = np.asarray(self.files.image(self._names[index % len(self._names)]))
+            images[row] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+            if index >= len(self._names):
+                images[row] = images[row, :, :, ::-1]
+        return images
+
+    def labels(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """One-hot labels, or the label vectors: float32 [N, label_dim]."""
+        rows = self._labels[np.asarray(indices, np.int64) % len(self._names)]
+        if rows.ndim == 2:
+            return rows
+        one_hot = np.zeros([len(rows), self.label_dim], np.float32)
+        one_hot[np.arange(len(rows)), rows] = 1
+        return one_hot
+
+    def decode_all(self, workers: int = 4) -> np.ndarray:
+        """All images, uint8 [len(self), C, H, W], decoded by `workers` threads."""
+        count = len(self._names)
+        images = np.empty([len(self), self.num_channels, self.resolution, self.resolution], np.uint8)
+        starts = range(0, count, 512)
+        with ThreadPoolExecutor(max(workers, 1)) as pool:
+            chunks = pool.map(lambda start: self.images(range(start, min(start + 512, count))), starts)
+            for start, chunk in zip(starts, chunks):
+                images[start : start + len(chunk)] = chunk
+        if self.mirror:
+            images[count:] = images[:count, :, :, ::-1]
+        return images
+
+    def content_hash(self) -> str:
+        """SHA-256 of everything that `images` and `labels` return depends on: names, files, labels and `mirror`.
+
+        A zip file and a folder with the same content have the same hash.
+        """
+        digest = hashlib.sha256(f"mirror={self.mirror};".encode())
+        digest.update(self._labels.tobytes())
+        for name in self._names:
+            with self.files.open(name) as file:
+                content = hashlib.sha256()
+                while block := file.read(1 << 20):
+                    content.update(block)
+            digest.update(name.encode() + b"\0" + content.digest())
+        return digest.hexdigest()
+
+
+def sample_order(length: int, seed: int, start: int, count: int) -> np.ndarray:
+    """Which images come at positions `start`, `start` + 1, ... of an endless shuffled stream: int64 [count].
+
+    Each epoch is one permutation that depends on `seed` and the epoch's number alone, so a run that is resumed at any
+    position continues exactly where it would have been.
+    """
+    parts = []
+    while count > 0:
+        epoch, offset = divmod(start, length)
+        order = np.random.default_rng(derive_seed(seed, "data order", epoch)).permutation(length)
+        parts.append(order[offset : offset + count])
+        start, count = start + len(parts[-1]), count - len(parts[-1])
+    return np.concatenate(parts)
+
+
+def batches(
+    dataset: ImageDataset,
+    batch: int,
+    seed: int,
+    start_nimg: int = 0,
+    device: torch.device | str = "cpu",
+    workers: int = 2,
+    mirror: bool = False,
+    rank: int = 0,
+    world_size: int = 1,
+    memory_limit: int = MEMORY_LIMIT,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless training batches, in an order that is a function of `seed` and the number of images seen.
+
+    A data set that fits into memory is decoded once; a larger one is decoded ahead by worker processes.
+
+    Args:
+        dataset: where the images come from.
+        batch: images per batch and process.
+        seed: of the order; the same in all processes.
+        start_nimg: images seen so far by all processes together.
+        device: where the batches are put.
+        workers: threads for decoding at once, or worker processes for decoding as needed.
+        mirror: use the data set with mirrored images even if it was opened without.
+        rank: number of this process.
+        world_size: number of processes; each gets its own share of every step's images.
+        memory_limit: bytes of decoded images that count as fitting.
+
+    Yields:
+        uint8 images [batch, C, H, W] and float32 labels [batch, label_dim], on `device`.
+
+    Raises:
+        InputError: naming the image, when one is damaged.
+    """
+    if mirror and not dataset.mirror:
+        dataset = copy.copy(dataset)
+        dataset.mirror = True
+    if len(dataset) * dataset.num_channels * dataset.resolution**2 <= memory_limit:
+        source = _from_memory(dataset, batch, seed, start_nimg, workers, rank, world_size)
+    else:
+        source = _from_workers(dataset, batch, seed, start_nimg, workers, rank, world_size)
+    device = torch.device(device)
+    for images, labels in source:
+        if device.type == "cuda":  # only pinned memory is copied without waiting
+            images, labels = images.pin_memory(), labels.pin_memory()
+        yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+
+class _Order:
+    """The endless sequence of one process's index arrays, [batch] each."""
+
+    def __init__(self, length: int, batch: int, seed: int, start: int, rank: int, world_size: int):
+        self.length, self.batch, self.seed, self.start = length, batch, seed, start
+        self.rank, self.world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        step = self.batch * self.world_size
+        mine = slice(self.rank * self.batch, (self.rank + 1) * self.batch)
+        ahead = max(step, min(self.length, 1 << 16))  # permuting once for many batches
+        position, ready = self.start, np.empty(0, np.int64)
+        while True:
+            if len(ready) < step:
+                ready = np.concatenate([ready, sample_order(self.length, self.seed, position + len(ready), ahead)])
+            yield ready[:step][mine]
+            position, ready = position + step, ready[step:]
+
+
+def _from_memory(dataset, batch, seed, start_nimg, workers, rank, world_size):
+    images = torch.from_numpy(dataset.decode_all(workers))
+    for indices in _Order(len(dataset), batch, seed, start_nimg, rank, world_size):
+        yield images[torch.from_numpy(indices)], torch.from_numpy(dataset.labels(indices))
+
+
+class _Fetch(torch.utils.data.Dataset):
+    """What a worker process runs. An error comes back as a value: a DataLoader would bury it in a traceback text."""
+
+    def __init__(self, dataset: ImageDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, indices):
+        try:
+            return torch.from_numpy(self.dataset.images(indices)), torch.from_numpy(self.dataset.labels(indices))
+        except InputError as error:
+            return error
+
+
+def _from_workers(dataset, batch, seed, start_nimg, workers, rank, world_size):
+    order = _Order(len(dataset), batch, seed, start_nimg, rank, world_size)
+    loader = torch.utils.data.DataLoader(_Fetch(dataset), sampler=order, batch_size=None, num_workers=workers)
+    for item in loader:
+        if isinstance(item, InputError):
+            raise item
+        yield item
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).split(" <_io")[0]  # Pillow names the in-memory file object
+    return "unknown format" if "cannot identify image file" in text else text or type(error).__name__

@@ -1,0 +1,144 @@
+"""Training a diffusion teacher (Karras et al. 2022, arXiv 2206.00364, section 5 and table 7)."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from di_refine.edm.loss import EDMLoss
+from di_refine.errors import RunError
+from torch_utils import misc
+
+
+@dataclass
+class TeacherConfig:
+    """Settings of `TeacherTrainer`.
+
+    Attributes:
+        batch: images per step.
+        batch_gpu: images per forward pass; None is the whole batch. Must divide `batch`.
+        lr: Adam's learning rate, reached after a linear ramp.
+        lr_rampup: length of the ramp, in images.
+        ema_nimg: half-life of the average, in images.
+        ema_rampup: upper limit of the half-life as a fraction of the images seen, so that the start is forgotten.
+        p_mean, p_std: of ln(sigma) in training.
+        precision: 'fp32' or 'bf16' (autocast; weights stay float32).
+        seed: every draw is a function of it and the number of images seen.
+    """
+
+    batch: int = 512
+    batch_gpu: int | None = None
+    lr: float = 1e-3
+    lr_rampup: float = 10_000_000
+    ema_nimg: float = 500_000
+    ema_rampup: float = 0.05
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    precision: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self):
+        self.batch_gpu = self.batch_gpu or self.batch
+        if self.batch < 1 or self.batch % self.batch_gpu:
+            raise ValueError(f"batch={self.batch} is not a multiple of batch_gpu={self.batch_gpu}")
+
+
+class TeacherTrainer:
+    """Denoising score matching on real images.
+
+    Args:
+        net: an EDM-preconditioned network on its device; trained in place.
+        data: `(start_nimg) -> iterator` of uint8 images `[batch, C, R, R]` and labels `[batch, label_dim]`, the order a
+            function of the images seen.
+        config: settings.
+        augment_pipe: see `di_refine.edm.augment`, or None.
+
+    Attributes:
+        ema: the average, which is the result.
+        nimg: images seen.
+    """
+
+    def __init__(
+        self,
+        net: torch.nn.Module,
+        data: Callable[[int], Iterator[tuple[torch.Tensor, torch.Tensor]]],
+        config: TeacherConfig,
+        augment_pipe: torch.nn.Module | None = None,
+    ):
+        self.net = net.train().requires_grad_(True)
+        self.ema = copy.deepcopy(net).eval().requires_grad_(False)
+        self.config, self.augment_pipe = config, augment_pipe
+        self.loss = EDMLoss(config.p_mean, config.p_std, net.sigma_data)
+        self.params = list(net.parameters())
+        self.device = self.params[0].device
+        fused = self.device.type in ("cuda", "cpu")
+        self.optimizer = torch.optim.Adam(self.params, lr=config.lr, betas=(0.9, 0.999), eps=1e-8, fused=fused)
+        self.nimg = 0
+        self._data, self._batches = data, None
+        self._bad = torch.full([], -1, dtype=torch.int64, device=self.device)
+
+    def step(self) -> dict[str, torch.Tensor]:
+        """One update. Returns the mean `loss` per pixel and the `grad_norm`, scalars on the device."""
+        cfg = self.config
+        if self._batches is None:
+            self._batches = self._data(self.nimg)
+        images, labels = next(self._batches)
+        images = images.to(torch.float32) / 127.5 - 1
+        rounds = cfg.batch // cfg.batch_gpu
+        mean = torch.zeros([], device=self.device)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(misc.derive_seed(cfg.seed, self.nimg, "teacher"))
+            for x, c in zip(images.split(cfg.batch_gpu), labels.split(cfg.batch_gpu)):
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+                    loss = self.loss(self.net, x, c if c.shape[1] else None, self.augment_pipe).float()
+                (loss.sum() / cfg.batch).backward()
+                mean += loss.detach().mean() / rounds
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
+        for group in self.optimizer.param_groups:
+            group["lr"] = cfg.lr * min((self.nimg + cfg.batch) / max(cfg.lr_rampup, 1e-8), 1)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._bad = torch.where((self._bad < 0) & ~torch.isfinite(mean + norm), self.nimg, self._bad)
+        self.nimg += cfg.batch
+        self._average()
+        return {"loss": mean, "grad_norm": norm.detach()}
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        cfg = self.config
+        half_life = min(cfg.ema_nimg, self.nimg * cfg.ema_rampup)
+        keep = 0.5 ** (cfg.batch / max(half_life, 1e-8))
+        torch._foreach_lerp_(list(self.ema.parameters()), self.params, 1 - keep)
+        for average, value in zip(self.ema.buffers(), self.net.buffers()):
+            average.copy_(value)
+
+    def check_finite(self, last_good: str = "none yet") -> None:
+        """Raise if a loss or gradient since the start was not finite (costs one synchronisation).
+
+        Raises:
+            RunError: naming the images seen and `last_good`, the snapshot to go back to.
+        """
+        nimg = self._bad.item()
+        if nimg >= 0:
+            step = nimg // self.config.batch
+            raise RunError(
+                f"the teacher's loss or gradient is not finite at {nimg / 1000:.3f} kimg (step {step}); "
+                f"last good snapshot: {last_good}. Lower --lr, or use --precision=fp32."
+            )
+
+    def state_dict(self) -> dict:
+        """Everything stateful, readable with `torch.load(weights_only=True)`."""
+        return {
+            "net": self.net.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "nimg": self.nimg,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict()`; the network and settings must be the same."""
+        for name in ("net", "ema", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.nimg = state["nimg"]
+        self._batches = None

@@ -1,0 +1,140 @@
+"""Pictures for people: network output to 8 bits, grids of samples, and side-by-side figures. All files are PNG.
+
+Images are [N, C, H, W] and single pictures [C, H, W], with C = 1 (greyscale) or 3 (RGB), as tensors or numpy arrays:
+either uint8, or floating point in the networks' range [-1, 1].
+"""
+
+import math
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from torch_utils.misc import open_atomic
+
+Images = torch.Tensor | np.ndarray
+
+INK, FAINT_INK, PAPER = (32, 32, 32), (110, 110, 110), (255, 255, 255)
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Floating-point images in [-1, 1] to uint8 in 0..255: 127.5 x + 128, clamped, then truncated.
+
+    This is the rounding behind published FID figures; any other shifts the statistics.
+
+    Args:
+        images: floating point, any shape and device.
+
+    Returns:
+        uint8, same shape and device.
+    """
+    return (images.to(torch.float32) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def make_grid(images: Images, columns: int | None = None, scale: int = 1, gap: int = 0) -> np.ndarray:
+    """Arrange images row by row on white.
+
+    Args:
+        images: [N, C, H, W], see the module's docstring.
+        columns: images per row; by default about as many as there are rows.
+        scale: each pixel becomes `scale` x `scale` pixels (nearest neighbour), so that tiny images can be seen.
+        gap: white pixels between neighbours.
+
+    Returns:
+        uint8 picture [C, rows * (H * scale + gap) - gap, columns * (W * scale + gap) - gap].
+    """
+    pixels = _pixels(images)
+    if pixels.ndim != 4 or len(pixels) == 0 or pixels.shape[1] not in (1, 3):
+        raise ValueError(f"expected images [N, 1 or 3, H, W] with N > 0, got shape {list(pixels.shape)}")
+    pixels = pixels.repeat(scale, axis=2).repeat(scale, axis=3)
+    count, channels, height, width = pixels.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = math.ceil(count / columns)
+    padded = np.full((rows * columns, channels, height + gap, width + gap), 255, np.uint8)
+    padded[:count, :, :height, :width] = pixels
+    grid = padded.reshape(rows, columns, channels, height + gap, width + gap).transpose(2, 0, 3, 1, 4)
+    grid = grid.reshape(channels, rows * (height + gap), columns * (width + gap))
+    return grid[:, : grid.shape[1] - gap, : grid.shape[2] - gap]
+
+
+def save_png(path: str | os.PathLike, image: Images) -> None:
+    """Write one picture [C, H, W] as a PNG, atomically; its folder must exist."""
+    _save(path, _to_pillow(_pixels(image)))
+
+
+def save_grid(
+    path: str | os.PathLike, images: Images, columns: int | None = None, scale: int = 1, gap: int = 0
+) -> None:
+    """Write `make_grid(...)` as a PNG, atomically; its folder must exist."""
+    _save(path, _to_pillow(make_grid(images, columns, scale, gap)))
+
+
+def save_side_by_side(
+    path: str | os.PathLike,
+    panels: Sequence[tuple[str, Images]],
+    columns: int | None = None,
+    scale: int | None = None,
+    width: int = 320,
+) -> None:
+    """Write a figure that compares sets of images: a grid each, next to each other, each under its title.
+
+    Args:
+        path: the PNG to write, atomically; its folder must exist.
+        panels: (title, images) pairs, left to right; text after a line break in the title is a smaller second line.
+        columns: images per row within each panel; by default about as many as rows.
+        scale: whole-number enlargement of the pixels; by default what brings a panel nearest to `width`.
+        width: the width in pixels a panel should have when `scale` is not given.
+    """
+    gap, margin = 2, 16
+    grids = []
+    for _, images in panels:
+        per_row = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+        enlarge = scale or max(1, round((width - gap * (per_row - 1)) / (per_row * images.shape[-1])))
+        grids.append(_to_pillow(make_grid(images, per_row, enlarge, gap)).convert("RGB"))
+
+    titles = [title.split("\n") for title, _ in panels]
+    fonts = [ImageFont.load_default(size) for size in (18, 14)]
+    lines = [[(text, fonts[min(row, 1)]) for row, text in enumerate(title)] for title in titles]
+    line_height = 24
+    top = margin + line_height * max(len(title) for title in titles) + 4
+    widths = [
+        max(grid.width, *(math.ceil(font.getlength(text)) for text, font in title)) for grid, title in zip(grids, lines)
+    ]
+    figure_width = sum(widths) + 2 * margin * len(widths)
+    figure = Image.new("RGB", (figure_width, top + max(grid.height for grid in grids) + margin), PAPER)
+    draw = ImageDraw.Draw(figure)
+    left = margin
+    for grid, title, panel_width in zip(grids, lines, widths):
+        centre = left + panel_width / 2
+        for row, (text, font) in enumerate(title):
+            ink = INK if row == 0 else FAINT_INK
+            draw.text((centre, margin + line_height * (row + 0.5)), text, fill=ink, font=font, anchor="mm")
+        figure.paste(grid, (left + (panel_width - grid.width) // 2, top))
+        left += panel_width + 2 * margin
+    _save(path, figure)
+
+
+def _pixels(images: Images) -> np.ndarray:
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8:
+        return images
+    images = torch.as_tensor(images)
+    if images.dtype != torch.uint8:
+        if not images.is_floating_point():
+            raise ValueError(f"images must be uint8 or floating point in [-1, 1], not {images.dtype}")
+        images = to_uint8(images.detach())
+    return images.cpu().numpy()
+
+
+def _to_pillow(picture: np.ndarray) -> Image.Image:
+    if picture.ndim != 3 or picture.shape[0] not in (1, 3):
+        raise ValueError(f"expected a picture [1 or 3, H, W], got shape {list(picture.shape)}")
+    if picture.shape[0] == 1:
+        return Image.fromarray(np.ascontiguousarray(picture[0]))
+    return Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
+
+
+def _save(path: str | os.PathLike, picture: Image.Image) -> None:
+    with open_atomic(path) as file:
+        picture.save(file, format="PNG")

@@ -1,0 +1,300 @@
+"""Named metrics: names, checks before any work, results, files."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from di_refine import metrics
+from di_refine.data import ImageDataset
+from di_refine.errors import InputError, RunError
+from di_refine.metrics import evaluate
+from di_refine.metrics.evaluate import Evaluator, parse_metric, write_jsonl
+from di_refine.metrics.features import FeatureNet, Identity, load_detector
+from di_refine.metrics.names import parse_metrics
+from di_refine.metrics.smallnet import SmallConvNet, save_small
+from di_refine.metrics.statistics import FeatureStatistics
+
+ALL = ["fd1k_full@toy", "fd2k_full@toy", "kd1k_full@toy", "pr1k3_full@toy", "dc1k3_full@toy", "is1k@toy", "acc2k@toy"]
+
+
+class Sampler:
+    """Random images that depend on index and seed alone."""
+
+    resolution, num_channels, label_dim, chunk = 16, 1, 4, 100
+
+    def __init__(self, mean=140):
+        self.mean = mean
+        self.calls = []
+
+    def __call__(self, first_index, count, seed):
+        self.calls.append((first_index, count))
+        rngs = [np.random.default_rng([seed, index]) for index in range(first_index, first_index + count)]
+        images = np.stack([rng.normal(self.mean, 40, [1, 16, 16]).clip(0, 255).astype(np.uint8) for rng in rngs])
+        labels = torch.eye(4)[[int(rng.integers(4)) for rng in rngs]]
+        return torch.from_numpy(images), labels
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A feature network, a data set of 60 images, and the data set's statistics with and without features."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    torch.manual_seed(0)
+    save_small(SmallConvNet(16, 1, classes=4, width=4, feature_dim=8), folder / "toy.safetensors", "toy")
+    (folder / "data").mkdir()
+    for i, image in enumerate(Sampler(mean=120)(0, 60, seed=5)[0]):
+        Image.fromarray(image[0].numpy()).save(folder / "data" / f"{i:03d}.png")
+    statistics = Evaluator.reference_statistics(ImageDataset(folder / "data"), folder / "toy.safetensors")
+    statistics.save(folder / "stats.npz")
+    np.savez(folder / "moments.npz", mu=statistics.mu, sigma=statistics.sigma)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluator(folder):
+    return Evaluator(ALL, reference=folder / "stats.npz", detector=folder / "toy.safetensors")
+
+
+def test_all_metrics_in_one_pass(folder, evaluator):
+    sampler, seen = Sampler(), []
+    results = evaluator(sampler, seed=3, progress=seen.append)
+    assert sampler.calls == [(i, 100) for i in range(0, 2000, 100)] and sum(seen) == 2000
+    assert [result.name for result in results] == ALL
+
+    net = load_detector(folder / "toy.safetensors")
+    images, labels = Sampler()(0, 2000, seed=3)
+    features, probs = (values.numpy() for values in net(images))
+    reference = FeatureStatistics.load(folder / "stats.npz")
+    target = (reference.mu, reference.sigma)
+    want = {
+        "fd1k_full@toy": metrics.frechet_distance(*target, *metrics.moments(features[:1000])),
+        "fd2k_full@toy": metrics.frechet_distance(*target, *metrics.moments(features)),
+        "kd1k_full@toy": metrics.kernel_distance(reference.features, features[:1000], seed=3),
+        "pr1k3_full@toy": metrics.precision_recall(reference.features, features[:1000]),
+        "dc1k3_full@toy": metrics.density_coverage(reference.features, features[:1000]),
+        "is1k@toy": metrics.inception_score(probs[:1000]),
+        "acc2k@toy": float((probs.argmax(axis=1) == labels.numpy().argmax(axis=1)).mean()),
+    }
+    for result in results:
+        assert result.value == pytest.approx(want[result.name], rel=1e-5, abs=1e-7), result.name
+        assert result.seed == 3 and result.resolution == 16 and result.detector.name == "toy"
+        assert result.num_images == (2000 if "2k" in result.name else 1000)
+    assert results[0].reference["count"] == 60 and results[0].reference["dataset"] == "data"
+    assert results[-1].reference == {}
+
+
+def test_batch_size_does_not_matter(folder, evaluator):
+    other = copy.copy(evaluator)
+    other.batch = 333
+    for a, b in zip(evaluator(Sampler()), other(Sampler())):
+        assert a.value == pytest.approx(b.value, rel=1e-5, abs=1e-7), a.name
+    assert evaluator(Sampler(), seed=1)[0].value != evaluator(Sampler(), seed=2)[0].value
+
+
+def test_reference_from_data(folder, evaluator):
+    net = load_detector(folder / "toy.safetensors")
+    dataset = ImageDataset(folder / "data")
+    statistics = Evaluator.reference_statistics(dataset, net, batch=7)
+    stored = FeatureStatistics.load(folder / "stats.npz")
+    np.testing.assert_allclose(statistics.mu, stored.mu, atol=1e-7)
+    np.testing.assert_allclose(statistics.features, stored.features, atol=1e-6)
+    assert statistics.identity == stored.identity
+    assert statistics.identity["detector_hash"] == net.identity.hash and statistics.identity["resolution"] == 16
+    want = [result.value for result in evaluator(Sampler())]
+    # The moments alone do not serve every metric; the data set, next in the list, does.
+    for reference in (dataset, folder / "data", [folder / "moments.npz", folder / "data"]):
+        results = Evaluator(ALL, reference=reference, detector=net)(Sampler())
+        for result, value in zip(results, want):
+            assert result.value == pytest.approx(value, rel=1e-5, abs=1e-7), result.name
+
+
+def test_official_statistics_suffice_for_frechet(folder, evaluator):
+    official = Evaluator("fd1k_full@toy", reference=folder / "moments.npz", detector=folder / "toy.safetensors")
+    assert official(Sampler())[0].value == pytest.approx(evaluator(Sampler())[0].value, rel=1e-9)
+
+
+def test_two_processes_agree_with_one(folder, evaluator, tmp_path):
+    """Each process takes half of the images; 1k metrics end inside the first half's images."""
+    script = f"""
+import sys, json, torch
+sys.path[:0] = {sys.path!r}
+sys.path.insert(0, {str(__file__.rpartition("/")[0])!r})
+from test_evaluate import ALL, Evaluator, Sampler
+torch.set_num_threads(1)
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/rendezvous", rank=rank, world_size=2)
+evaluator = Evaluator(ALL, reference="{folder}/stats.npz", detector="{folder}/toy.safetensors")
+sampler = Sampler()
+results = evaluator(sampler, distributed=True)
+print(json.dumps([[list(r.values.values()), r.num_gpus, len(sampler.calls)] for r in results]))
+"""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script, str(rank)], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    outputs = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    assert outputs[0] == outputs[1]
+    for (values, num_gpus, calls), want in zip(outputs[0], evaluator(Sampler())):
+        assert values == pytest.approx(list(want.values.values()), rel=1e-5, abs=1e-7) and (num_gpus, calls) == (2, 10)
+
+
+def test_jsonl(evaluator, tmp_path):
+    results = {result.name: result for result in evaluator(Sampler())}
+    result = results["pr1k3_full@toy"]
+    write_jsonl(tmp_path, result, tmp_path / "network-snapshot-000010.pkl")
+    write_jsonl(tmp_path, result)
+    lines = (tmp_path / "metric-pr1k3_full@toy.jsonl").read_text().splitlines()
+    first, second = (json.loads(line) for line in lines)
+    assert list(first)[:7] == [
+        "results",
+        "metric",
+        "total_time",
+        "total_time_str",
+        "num_gpus",
+        "snapshot_pkl",
+        "timestamp",
+    ]
+    assert first["results"] == {
+        "pr1k3_full@toy_precision": result.value[0],
+        "pr1k3_full@toy_recall": result.value[1],
+    }
+    assert first["snapshot_pkl"] == "network-snapshot-000010.pkl" and second["snapshot_pkl"] is None
+    assert first["detector"]["hash"] == result.detector.hash and first["reference"]["count"] == 60
+    write_jsonl(tmp_path, results["fd1k_full@toy"], "relative.pkl")
+    line = json.loads((tmp_path / "metric-fd1k_full@toy.jsonl").read_text())
+    assert line["results"] == {"fd1k_full@toy": results["fd1k_full@toy"].value}
+    assert line["snapshot_pkl"] == "relative.pkl"
+
+
+# Names
+
+
+def test_names():
+    spec = parse_metric("fid50k_full")
+    assert (spec.kind, spec.num_images, spec.detector) == ("fid", 50_000, None)
+    assert parse_metric("pr50k3_full").result_keys == ("pr50k3_full_precision", "pr50k3_full_recall")
+    assert parse_metric("is50k").result_keys == ("is50k_mean", "is50k_std")
+    spec = parse_metric("kd5k_full@my-net_2.0")
+    assert (spec.kind, spec.num_images, spec.detector) == ("kd", 5000, "my-net_2.0")
+    assert [spec.name for spec in parse_metrics("is2k, fid2k_full,is2k,")] == ["is2k", "fid2k_full"]
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("fid", "unknown metric 'fid'; known are fid<N>k_full"),
+        ("fid50k", "unknown metric"),
+        ("fid2000_full", "unknown metric"),
+        ("pr50k_full", "unknown metric"),
+        ("ppl50k_full", "unknown metric"),
+        ("fd2k_full@", "unknown metric"),
+        ("fd2k_full@a/b", "unknown metric"),
+        ("fid0k_full", "asks for no images"),
+        ("fd2k_full", "name its feature network, as in fd2k_full@digits"),
+        ("acc2k", "name its feature network"),
+        ("fid2k_full@digits", "2015 Inception network; with another one write fd2k_full@digits"),
+        ("kid5k_full@digits", "write kd5k_full@digits"),
+        ("", "names no metric"),
+    ],
+)
+def test_bad_names(name, words):
+    with pytest.raises(InputError, match=words):
+        parse_metrics(name)
+
+
+# Everything is checked before the first image
+
+
+def refused(words, *args, **kwargs):
+    with pytest.raises(InputError, match=words):
+        Evaluator(*args, **kwargs)
+
+
+def test_references_are_checked(folder, tmp_path):
+    toy = folder / "toy.safetensors"
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    statistics = FeatureStatistics.load(folder / "stats.npz")
+    statistics.identity["detector_hash"] = "0" * 16
+    statistics.save(tmp_path / "foreign.npz")
+    (tmp_path / "empty").mkdir()
+    refused("fd1k_full@toy needs a reference; give --ref", "fd1k_full@toy", detector=toy)
+    refused(
+        "holds 2048 features of an unnamed network, but toy has 8",
+        "fd1k_full@toy",
+        tmp_path / "wide.npz",
+        detector=toy,
+    )
+    refused("another network", "fd1k_full@toy", tmp_path / "foreign.npz", detector=toy)
+    refused("only mean and covariance", "kd1k_full@toy", folder / "moments.npz", detector=toy)
+    refused("--ref=.*nothing.npz", "fd1k_full@toy", tmp_path / "nothing.npz", detector=toy)
+    refused("--ref=.*empty holds no images", "fd1k_full@toy", tmp_path / "empty", detector=toy)
+
+
+def test_detectors_are_checked(folder, tmp_path):
+    toy, stats = folder / "toy.safetensors", folder / "stats.npz"
+    refused("--detector is called toy, and .* fd2k_full@toy", "fid1k_full", stats, detector=toy)
+    refused("--detector is called toy, and no metric uses it", "fd1k_full@digits", stats, detector=toy)
+    refused("nobody", "fd1k_full@nobody", stats)
+    identity = Identity("plain", "0" * 16, 16, "internal", 8, None)
+    plain = FeatureNet(torch.nn.Flatten(), identity, 1)
+    refused("needs class probabilities", "is1k@plain", detector=plain)
+
+
+def test_samplers_are_checked(folder, evaluator):
+    for attribute, value, words in [
+        ("num_images", 1999, "fd2k_full@toy needs 2000 images and there are 1999; measure at most 1k"),
+        ("num_images", 12, "there are 12; make more"),
+        ("num_channels", 3, "toy takes images with 1 channel"),
+        ("resolution", 32, "resolution 16, these have 32"),
+        ("label_dim", 0, "acc2k@toy compares"),
+    ]:
+        sampler = Sampler()
+        setattr(sampler, attribute, value)
+        with pytest.raises(InputError, match=words):
+            evaluator(sampler)
+        assert sampler.calls == []
+
+
+def test_not_finite_features_are_reported(folder, evaluator):
+    broken = copy.copy(evaluator)
+    net = copy.copy(evaluator.detectors["toy"])
+    net.net = lambda images: torch.where(images.flatten(1)[:, :8] == 77, torch.nan, 0.0)
+    broken.detectors = {"toy": net}
+
+    def sampler(first_index, count, seed):
+        images, labels = Sampler()(first_index, count, seed)
+        images[images == 77] = 78
+        if first_index <= 321 < first_index + count:
+            images[321 - first_index, 0, 0, 0] = 77
+        return images, labels
+
+    for name in ("resolution", "num_channels", "label_dim"):
+        setattr(sampler, name, getattr(Sampler, name))
+    with pytest.raises(RunError, match="toy gave values that are not finite for image 321"):
+        broken(sampler)
+
+
+def test_collapsed_generator_is_measured(evaluator):
+    """A generator that makes one image over and over gets bad numbers, not an error."""
+
+    class Collapsed(Sampler):
+        def __call__(self, first_index, count, seed):
+            return torch.full([count, 1, 16, 16], 9, dtype=torch.uint8), torch.eye(4)[[0] * count]
+
+    values = {result.name: result.value for result in evaluator(Collapsed())}
+    assert all(np.isfinite(value).all() for value in values.values())
+    assert values["is1k@toy"] == pytest.approx((1.0, 0.0)) and values["acc2k@toy"] in (0.0, 1.0)
+    assert values["pr1k3_full@toy"][1] == 0.0
+
+
+def test_real_inception_is_required(folder, tmp_path, monkeypatch):
+    """A file under the real network's name but with another content is not trusted."""
+    identity = Identity("pt_inception-2015-12-05-6726825d", "0" * 16, 299, "tf1-bilinear", 2048, 1008)
+    fake = FeatureNet(torch.nn.Flatten(), identity, 3)
+    monkeypatch.setattr(evaluate, "load_detector", lambda *args: fake)
+    refused("needs the 2015 Inception network, but the content", "is1k")

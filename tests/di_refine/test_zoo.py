@@ -1,0 +1,199 @@
+import hashlib
+import http.server
+import io
+import threading
+from pathlib import Path
+
+import pytest
+
+from di_refine import zoo
+from di_refine.errors import InputError
+
+CONTENT = bytes(range(256)) * 1000
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.requests.append(self.path)
+        if self.path.startswith("/ok"):
+            self._send(CONTENT, len(CONTENT))
+        elif self.path.startswith("/short"):
+            self._send(CONTENT[:1000], len(CONTENT))
+        else:
+            self.send_error(404)
+
+    def _send(self, body, length):
+        self.send_response(200)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def running_server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def server(running_server, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    running_server.requests = []
+    running_server.base = f"http://127.0.0.1:{running_server.server_address[1]}"
+    return running_server
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("DI_REFINE_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def small_registry(tmp_path, monkeypatch, server):
+    """A registry of a shipped file, a missing one, and downloads from the test's server."""
+    shipped = tmp_path / "pretrained"
+    shipped.mkdir()
+    (shipped / "gan.pkl").write_bytes(b"gan")
+    records = {
+        "gan.pkl": {"file": "gan.pkl", "kind": "stylegan2", "teacher": "teacher.pkl", "classes": 10},
+        "lost.pkl": {"file": "lost.pkl", "kind": "edm"},
+        "teacher.pkl": {
+            "url": f"{server.base}/ok/original.pkl",
+            "kind": "edm",
+            "sha256": hashlib.sha256(CONTENT).hexdigest()[:8],
+        },
+        "wrong.pkl": {"url": f"{server.base}/ok/wrong.pkl", "kind": "edm", "sha256": "00000000"},
+    }
+    monkeypatch.setattr(zoo, "registry", lambda: records)
+    monkeypatch.setattr(zoo, "pretrained_folder", lambda: shipped)
+    return records
+
+
+def test_the_registry_is_consistent():
+    assert len(zoo.registry()) >= 11
+    for name, record in zoo.registry().items():
+        assert ("file" in record) != ("url" in record) and record["kind"] in zoo.KINDS
+        assert record.get("file", name) == name and record.get("url", "https://").startswith("https://")
+        assert record["licence"] and record["note"] and record["resolution"] > 0 and record["channels"] in (1, 3)
+        roles = {"teacher": ("edm",), "detector": ("features", "inception"), "statistics": ("statistics",)}
+        for role, kinds in roles.items():
+            if role in record:
+                other = zoo.registry()[record[role]]
+                assert other["kind"] in kinds
+                if role == "teacher":
+                    same = ("resolution", "channels", "classes")
+                    assert [other[key] for key in same] == [record[key] for key in same]
+        if record["kind"] == "stylegan2":
+            assert "teacher" in record
+    assert len({name.rpartition(".")[0] for name in zoo.registry()}) == len(zoo.registry()), "stems are unambiguous"
+
+
+def test_names_with_and_without_extension(small_registry, cache):
+    assert zoo.resolve("gan.pkl").read_bytes() == zoo.resolve("gan").read_bytes() == b"gan"
+    assert zoo.entry("gan") == {"name": "gan.pkl", **small_registry["gan.pkl"]}
+    assert zoo.entry_for_path("/elsewhere/gan.pkl")["classes"] == 10
+    assert zoo.entry_for_path("/elsewhere/original.pkl")["name"] == "teacher.pkl", "as downloaded by hand"
+    assert zoo.entry_for_path("/elsewhere/gan") is zoo.entry_for_path("network-snapshot-000100.pkl") is None
+
+
+def test_an_existing_path_wins(small_registry, tmp_path, monkeypatch, cache):
+    monkeypatch.chdir(tmp_path)
+    Path("gan.pkl").write_bytes(b"mine")
+    assert zoo.resolve("gan.pkl").read_bytes() == b"mine"
+    assert zoo.resolve(tmp_path) == tmp_path, "folders are paths too: data sets"
+
+
+def test_downloads_once(small_registry, server, cache, capsys):
+    path = zoo.resolve("teacher", option="--teacher", kind="edm")
+    assert path == cache / "teacher.pkl" and path.read_bytes() == CONTENT
+    assert zoo.resolve("teacher.pkl", offline=True) == path
+    assert zoo.resolve(f"{server.base}/ok/original.pkl") == path, "the URL of a known name is that name"
+    assert server.requests == ["/ok/original.pkl"]
+    assert [file.name for file in cache.iterdir()] == ["teacher.pkl"]
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith("teacher.pkl: 256000/256000 B (100%)")
+
+
+def test_companion(small_registry, server, cache):
+    assert zoo.companion(zoo.resolve("gan"), "teacher") == cache / "teacher.pkl"
+    assert zoo.companion(zoo.resolve("gan"), "statistics") is None and zoo.companion("other.pkl", "teacher") is None
+
+
+def test_urls_with_the_same_file_name_do_not_meet(server, cache):
+    first, second = (zoo.resolve(f"{server.base}/ok/{folder}/net.pkl?x=1") for folder in "ab")
+    assert first != second and first.name.endswith("-net.pkl") and first.read_bytes() == second.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    "path, reason",
+    [("absent.pkl", "the server answers 404 "), ("short.pkl", "the connection ended ")],
+)
+def test_failed_downloads_say_where_to_put_the_file(server, cache, path, reason):
+    url = f"{server.base}/{path}"
+    with pytest.raises(InputError) as caught:
+        zoo.resolve(url, option="--teacher")
+    message = str(caught.value)
+    target = message.rpartition("save it as ")[2]
+    assert message.startswith(f"--teacher: cannot download {url} ({reason}") and "\n" not in message
+    assert Path(target).parent == cache and list(cache.iterdir()) == []
+    Path(target).write_bytes(b"by hand")
+    assert zoo.resolve(url).read_bytes() == b"by hand", "the place named is the place looked at"
+
+
+def test_missing_bytes_are_noticed_by_any_http_library():
+    download = zoo._Download(io.BytesIO(), "x.pkl")
+    download.total = 10
+    download.write(b"12345")
+    assert download.fault(None) == "the connection ended after 5 of 10 bytes"
+    download.write(b"67890")
+    assert download.fault(hashlib.sha256(b"1234567890").hexdigest()) is None
+
+
+def test_refused_connection(server, cache):
+    with pytest.raises(InputError, match=r"cannot download http://127.0.0.1:9/x.pkl \(the server cannot be reached\)"):
+        zoo.resolve("http://127.0.0.1:9/x.pkl")
+
+
+def test_wrong_hash_and_offline(small_registry, cache):
+    with pytest.raises(InputError, match=r"wrong.pkl \(its SHA-256 is .* instead of 00000000"):
+        zoo.resolve("wrong")
+    assert list(cache.iterdir()) == []
+    with pytest.raises(InputError, match="--network: teacher.pkl is not in the cache .* save it as .*teacher.pkl"):
+        zoo.resolve("teacher", offline=True)
+
+
+def test_names_that_cannot_be_used(small_registry, cache):
+    with pytest.raises(
+        InputError, match="--network=teachr is neither a file nor a name .*nearest names are teacher.pkl"
+    ):
+        zoo.resolve("teachr")
+    with pytest.raises(InputError, match="known names are gan.pkl, lost.pkl"):
+        zoo.resolve("zzzzzzzz")
+    with pytest.raises(InputError, match="--network=runs/a.pkl: there is no such file"):
+        zoo.resolve("runs/a.pkl")
+    with pytest.raises(InputError, match="lost.pkl belongs to this project but is missing"):
+        zoo.resolve("lost")
+    with pytest.raises(InputError, match="--teacher=gan is of kind stylegan2, but --teacher needs edm"):
+        zoo.resolve("gan", option="--teacher", kind="edm")
+    with pytest.raises(
+        InputError, match="'teachr' is not in pretrained/registry.json; the nearest names are teacher.pkl"
+    ):
+        zoo.entry("teachr")
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("DI_REFINE_CACHE", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    assert zoo.cache_folder() == tmp_path / ".cache" / "di-refine"
