@@ -1,0 +1,421 @@
+import contextlib
+import copy
+import io
+import math
+
+import pytest
+import torch
+from golden_io import assert_close
+
+from di_refine import playground
+from di_refine.edm.networks import EDMPrecond
+from di_refine.errors import RunError
+from di_refine.noise import LogNormal
+from di_refine.trainer import Trainer, TrainerConfig
+
+
+class ImageGenerator(torch.nn.Module):
+    """Latents and labels to 8x8 images through one linear layer, with a buffer that training moves."""
+
+    latent_shape = (5,)
+
+    def __init__(self, label_dim: int = 0):
+        super().__init__()
+        self.label_dim = label_dim
+        self.linear = torch.nn.Linear(5 + label_dim, 3 * 8 * 8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z, labels):
+        if self.training:
+            self.calls += 1
+        return self.linear(torch.cat([z, labels], dim=1)).reshape(-1, 3, 8, 8)
+
+
+def make_trainer(label_dim: int = 0, student=None, seed: int = 0, **settings) -> Trainer:
+    """A trainer on a linear generator and a tiny U-Net with dropout, no layer of which is silent."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        generator = ImageGenerator(label_dim)
+        unet = {"model_type": "SongUNet", "model_channels": 8, "channel_mult": [1], "num_blocks": 1, "dropout": 0.3}
+        teacher = EDMPrecond(8, 3, label_dim, attn_resolutions=[], **unet)
+        with torch.no_grad():
+            for p in teacher.parameters():
+                p += 0.1 * torch.randn_like(p)
+    config = {"lr": 1e-3, "score_lr": 1e-3, "batch": 4, "ema_nimg": 100, "seed": seed, **settings}
+    return Trainer(generator, teacher, TrainerConfig(**config), student)
+
+
+def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Every tensor of the trainer's state under a flat name."""
+    found = {}
+
+    def walk(name, value):
+        if isinstance(value, torch.Tensor):
+            found[name] = value.detach().clone()
+        elif isinstance(value, dict):
+            for key, child in value.items():
+                walk(f"{name}/{key}", child)
+
+    walk("", trainer.state_dict())
+    return found
+
+
+def changed(before: dict, after: dict, prefix: str) -> bool:
+    keys = [key for key in before if key.startswith(f"/{prefix}/")]
+    assert keys
+    return any(not torch.equal(before[key], after[key]) for key in keys)
+
+
+def steps(trainer: Trainer, count: int) -> list[dict[str, float]]:
+    return [{name: value.item() for name, value in trainer.step().items()} for _ in range(count)]
+
+
+def disturb(student: torch.nn.Module) -> None:
+    """Set the student score apart from the teacher, from which it begins without any difference."""
+    with torch.no_grad():
+        for p in student.parameters():
+            p += 0.02
+
+
+def gradients(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
+    """Filled by the next step with the gradients that reach the two optimizers."""
+    found = {}
+    for name in ("generator", "student"):
+
+        def keep(optimizer, args, kwargs, name=name):
+            found[name] = [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]
+
+        getattr(trainer, f"{name}_optimizer").register_step_pre_hook(keep)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["ikl", "uni-rkl"])
+def test_the_divergence_falls(objective):
+    """In the plane, where the reverse KL to the teacher can be integrated."""
+    teacher = playground.ring()
+    trainer = playground.make_trainer(teacher, objective)
+    before = playground.distances(trainer.ema, teacher)
+    steps(trainer, 200 + 350)
+    trainer.check_finite()
+    after = playground.distances(trainer.ema, teacher)
+    assert after["kl"] < 0.2 * before["kl"]
+    assert after["js"] < 0.3 * before["js"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"score_warmup": 8},
+        {"objective": "sid", "dropout": "matched"},
+        {"batch_gpu": 2, "dropout": "matched", "precision": "bf16"},
+        {"ema_nimg": 0},
+    ],
+    ids=str,
+)
+def test_resume_is_exact(settings):
+    """N steps, save, load into a fresh trainer, N steps: bit for bit the same as 2 N steps."""
+    straight = make_trainer(label_dim=3, **settings)
+    first = make_trainer(label_dim=3, **settings)
+    steps(straight, 6)
+    steps(first, 3)
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = make_trainer(label_dim=3, **settings)
+    with torch.no_grad():
+        for p in [*second.generator.parameters(), *second.student.parameters(), *second.ema.parameters()]:
+            p.fill_(7)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    assert second.nimg == first.nimg == 12
+    torch.manual_seed(99)  # the global random state is no part of it
+    steps(second, 3)
+    assert second.nimg == straight.nimg == 24
+    expected, actual = snapshot(straight), snapshot(second)
+    assert expected.keys() == actual.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("objective", ["ikl", "sid"])
+@pytest.mark.parametrize("batch_gpu", [1, 4])
+def test_batch_gpu_changes_nothing_but_rounding(objective, batch_gpu):
+    results = []
+    for settings in ({}, {"batch_gpu": batch_gpu}):
+        trainer = make_trainer(label_dim=3, objective=objective, batch=8, **settings)
+        disturb(trainer.student)
+        grads = gradients(trainer)
+        results.append((steps(trainer, 1)[0], grads))
+    (stats, grads), (cut_stats, cut_grads) = results
+    assert cut_stats == pytest.approx(stats, rel=1e-4)
+    for name in ("generator", "student"):
+        scale = max(g.abs().max() for g in grads[name])
+        for whole, cut in zip(grads[name], cut_grads[name]):
+            assert (whole - cut).abs().max() < 1e-5 * scale
+
+
+def test_each_network_gets_its_own_loss_alone():
+    """The generator's objective flows through the student's output in `sim`, and must not train the student."""
+    first = {}
+    for objective in ("ikl", "sim"):
+        trainer = make_trainer(objective=objective)
+        disturb(trainer.student)
+        first[objective] = gradients(trainer)
+        before = copy.deepcopy(trainer.teacher.state_dict())
+        steps(trainer, 1)
+        assert all(p.grad is None and not p.requires_grad for p in trainer.teacher.parameters())
+        assert all(torch.equal(before[name], value) for name, value in trainer.teacher.state_dict().items())
+        assert all(p.requires_grad for p in trainer.student.parameters())
+    for a, b in zip(first["ikl"]["student"], first["sim"]["student"]):
+        assert torch.equal(a, b)
+
+
+def test_generator_gradient_is_the_difference_of_the_denoisers():
+    """For ikl with a linear generator, everything in the gradient can be written down."""
+    trainer = make_trainer(batch=2)
+    disturb(trainer.student)
+    seen = []
+    trainer.student.register_forward_hook(lambda module, args, out: seen.append((args, out.detach())))
+    trainer.teacher.register_forward_hook(lambda module, args, out: seen.append((args, out.detach())))
+    latents = []
+    trainer.generator.register_forward_hook(lambda module, args, out: latents.append(args[0]))
+    grads = gradients(trainer)
+    stats = steps(trainer, 1)[0]
+    (student_args, dp), (teacher_args, dq) = seen  # one pass each
+    assert torch.equal(student_args[0], teacher_args[0]) and torch.equal(student_args[1], teacher_args[1])
+    flat = (dp - dq).reshape(2, -1)
+    weight, bias = grads["generator"]
+    assert_close(weight, flat.T @ latents[0] / 2, 1e-5)
+    assert_close(bias, flat.mean(0), 1e-5)
+    assert stats["score_gap"] == pytest.approx(flat.abs().mean().item(), rel=1e-5)
+    norm = (weight.square().sum() + bias.square().sum()).sqrt().item()
+    assert stats["generator_grad_norm"] == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["sim", "uni-rkl"])
+def test_generator_gradient_flows_through_the_denoisers(objective):
+    """The same as calling the objective on the images, noise levels and noised images that the step used."""
+    trainer = make_trainer(objective=objective, batch=3)
+    disturb(trainer.student)
+    generator, student = copy.deepcopy(trainer.generator), copy.deepcopy(trainer.student).requires_grad_(False)
+    inputs = {}
+    for name in ("generator", "teacher"):
+        net = getattr(trainer, name)
+        net.register_forward_hook(lambda module, args, out, name=name: inputs.update({name: args}))
+    grads = gradients(trainer)
+    steps(trainer, 1)
+    (z, labels), (noised, sigma, _) = inputs["generator"], inputs["teacher"]
+    x0 = generator(z, labels)
+    x_s = x0 + (noised - x0).detach()
+    loss = trainer.objective(x0, x_s, sigma, trainer.teacher, student)
+    expected = torch.autograd.grad(loss.mean(), generator.linear.weight)[0]
+    assert_close(grads["generator"][0], expected, 1e-5)
+
+
+def test_score_loss_is_denoising_score_matching():
+    trainer = make_trainer(batch=3, sigma=LogNormal(0.2, 0.9))
+    seen, images = [], []
+    trainer.student.register_forward_hook(lambda module, args, out: seen.append((args, out.detach())))
+    trainer.generator.register_forward_hook(lambda module, args, out: images.append(out.detach()))
+    stats = steps(trainer, 1)[0]
+    (noised, sigma, _), denoised = seen[0]
+    noise = (noised - images[0]) / sigma[:, None, None, None]
+    torch.testing.assert_close(noise.flatten(1).std(1), torch.ones(3), rtol=0, atol=0.2)
+    torch.testing.assert_close(noise.flatten(1).mean(1), torch.zeros(3), rtol=0, atol=0.3)
+    weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+    expected = (weight[:, None, None, None] * (denoised - images[0]) ** 2).mean()
+    assert stats["score_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_warmup_trains_the_score_alone():
+    trainer = make_trainer(score_warmup=8)
+    before = snapshot(trainer)
+    for stats in steps(trainer, 2):
+        assert set(stats) == {"score_loss", "score_grad_norm"}
+    after = snapshot(trainer)
+    assert torch.equal(before["/generator/linear.weight"], after["/generator/linear.weight"])
+    assert torch.equal(before["/generator/linear.bias"], after["/generator/linear.bias"])
+    assert not changed(before, after, "ema") and changed(before, after, "student")
+    assert not trainer.generator_optimizer.state and trainer.nimg == 8
+    stats = steps(trainer, 1)[0]
+    assert {"generator_loss", "generator_grad_norm", "score_gap"} < set(stats)
+    later = snapshot(trainer)
+    assert changed(after, later, "generator") and changed(after, later, "ema")
+
+
+@pytest.mark.parametrize("batch", [4, 10])
+def test_average_has_its_half_life(batch):
+    """After `ema_nimg` images the average is half of the way to a generator that stands still, whatever the batch."""
+    trainer = make_trainer(batch=batch, ema_nimg=40, lr=1e-30)
+    start = trainer.ema.linear.weight.clone()
+    with torch.no_grad():
+        trainer.generator.linear.weight += 1
+    steps(trainer, 40 // batch)
+    torch.testing.assert_close(trainer.ema.linear.weight, start + 0.5, rtol=0, atol=1e-6)
+    steps(trainer, 40 // batch)
+    torch.testing.assert_close(trainer.ema.linear.weight, start + 0.75, rtol=0, atol=1e-6)
+    assert trainer.ema.calls == trainer.generator.calls > 0
+    assert not trainer.ema.training and not any(p.requires_grad for p in trainer.ema.parameters())
+
+
+def test_average_can_be_off():
+    trainer = make_trainer(ema_nimg=0)
+    assert trainer.ema is trainer.generator
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_non_finite_generator_is_reported():
+    trainer = make_trainer()
+    steps(trainer, 2)
+    trainer.check_finite()
+    good = copy.deepcopy(trainer.state_dict())
+    broken = trainer.teacher.register_forward_hook(lambda module, args, out: out * float("nan"))
+    steps(trainer, 1)
+    broken.remove()
+    with pytest.raises(RunError, match=r"the generator's .* at 0\.008 kimg \(step 2\).* network-snapshot-000000\.pkl"):
+        trainer.check_finite("network-snapshot-000000.pkl")
+    assert trainer.generator.linear.weight.isnan().any(), "nothing is replaced by zeros"
+    steps(trainer, 2)  # the first bad step stays the one that is named, and a broken generator breaks the score
+    with pytest.raises(RunError, match="the student score's .* at 0.012 kimg"):
+        trainer.check_finite()
+    trainer.load_state_dict(good)
+    trainer.check_finite()
+    steps(trainer, 1)
+    trainer.check_finite()
+
+
+def test_non_finite_score_is_reported():
+    trainer = make_trainer()
+    steps(trainer, 1)
+    with torch.no_grad():
+        next(trainer.student.parameters()).fill_(float("inf"))
+    steps(trainer, 1)
+    with pytest.raises(
+        RunError, match=r"the student score's loss .* at 0\.004 kimg \(step 1\); last good snapshot: none"
+    ):
+        trainer.check_finite()
+
+
+@pytest.mark.parametrize("network, name", [("generator", "generator"), ("student", "student score")])
+def test_infinite_gradients_are_noticed_behind_a_finite_loss(network, name):
+    trainer = make_trainer()
+    parameter = next(getattr(trainer, network).parameters())
+    parameter.register_hook(lambda grad: grad + float("inf"))
+    stats = steps(trainer, 1)[0]
+    assert math.isfinite(stats["generator_loss"]) and math.isfinite(stats["score_loss"])
+    with pytest.raises(RunError, match=f"the {name}'s"):
+        trainer.check_finite()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", ["ikl", "sid"])
+@pytest.mark.parametrize("dropout", ["off", "matched"])
+def test_equal_networks_have_no_score_gap(objective, dropout):
+    """At the start the student score is the teacher; with their dropout matched it must look so."""
+    trainer = make_trainer(objective=objective, dropout=dropout)
+    stats = steps(trainer, 1)[0]
+    assert stats["score_gap"] == 0
+    # sid's gradient is a difference of two backward passes, which round differently.
+    assert stats["generator_grad_norm"] <= (0 if objective == "ikl" else 1e-5)
+    assert steps(trainer, 1)[0]["score_gap"] > 0
+
+
+def test_unmatched_dropout_would_show(monkeypatch):
+    monkeypatch.setattr(Trainer, "_replayed", lambda self, state: contextlib.nullcontext())
+    assert steps(make_trainer(dropout="matched"), 1)[0]["score_gap"] > 1e-3
+
+
+def test_dropout_changes_the_score_loss():
+    off, matched = (steps(make_trainer(dropout=dropout), 1)[0] for dropout in ("off", "matched"))
+    assert off["score_loss"] != matched["score_loss"]
+
+
+def test_bf16_is_close_and_keeps_float32_weights():
+    full, half = (make_trainer(precision=precision, score_warmup=4) for precision in ("fp32", "bf16"))
+    for _ in range(3):
+        a, b = steps(full, 1)[0], steps(half, 1)[0]
+        assert a["score_loss"] != b["score_loss"] == pytest.approx(a["score_loss"], rel=0.05)
+    half.check_finite()
+    assert {p.dtype for net in (half.generator, half.student, half.ema) for p in net.parameters()} == {torch.float32}
+
+
+def test_labels_follow_class_probs():
+    trainer = make_trainer(label_dim=4, class_probs=[0.1, 0.0, 0.6, 0.3])
+    rng = torch.Generator().manual_seed(0)
+    z, labels = trainer.draw(20_000, rng)
+    assert z.shape == (20_000, 5) and labels.shape == (20_000, 4)
+    assert torch.equal(labels.sum(1), torch.ones(20_000)) and set(labels.unique().tolist()) == {0, 1}
+    torch.testing.assert_close(labels.mean(0), torch.tensor([0.1, 0.0, 0.6, 0.3]), rtol=0, atol=0.015)
+    assert labels[:, 1].sum() == 0
+    _, uniform = make_trainer(label_dim=4).draw(20_000, rng)
+    torch.testing.assert_close(uniform.mean(0), torch.full([4], 0.25), rtol=0, atol=0.015)
+    assert make_trainer().draw(3, rng)[1].shape == (3, 0)
+
+
+def test_both_denoisers_see_the_labels_of_the_generator():
+    trainer = make_trainer(label_dim=3, batch=6, batch_gpu=3)
+    seen = {}
+    for name in ("generator", "student", "teacher"):
+        seen[name] = []
+        getattr(trainer, name).register_forward_hook(lambda module, args, out, name=name: seen[name].append(args[-1]))
+    steps(trainer, 1)
+    assert len(seen["generator"]) == 2 and all(len(labels) == 3 for labels in seen["generator"])
+    for name in ("student", "teacher"):
+        assert all(torch.equal(a, b) for a, b in zip(seen[name], seen["generator"], strict=True))
+
+
+def test_seeds_reproduce():
+    runs = []
+    for seed, global_seed in ((1, 5), (1, 6), (2, 5)):
+        trainer = make_trainer(label_dim=3, seed=seed, dropout="matched")
+        torch.manual_seed(global_seed)
+        state = torch.get_rng_state()
+        steps(trainer, 2)
+        assert torch.equal(state, torch.get_rng_state()), "a step leaves the global random state alone"
+        runs.append(snapshot(trainer))
+    assert not changed(runs[0], runs[1], "generator") and not changed(runs[0], runs[1], "student")
+    assert changed(runs[0], runs[2], "generator") and changed(runs[0], runs[2], "student")
+
+
+def test_every_step_draws_anew():
+    trainer = make_trainer(lr=1e-30, score_lr=1e-30)
+    inside = []  # what a network would draw for itself
+    trainer.generator.register_forward_pre_hook(lambda module, args: inside.append(torch.rand(()).item()))
+    first, second = steps(trainer, 2)
+    assert first["score_loss"] != second["score_loss"]
+    assert inside[0] != inside[1]
+
+
+def test_a_student_of_ones_own():
+    student = EDMPrecond(8, 3, model_type="SongUNet", model_channels=4, channel_mult=[1], num_blocks=1)
+    trainer = make_trainer(student=student)
+    before = snapshot(trainer)
+    assert trainer.student is student and all(p.requires_grad for p in student.parameters())
+    assert steps(trainer, 1)[0]["score_gap"] > 0
+    assert changed(before, snapshot(trainer), "student")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"batch": 6, "batch_gpu": 4}, "batch=6 is not a multiple of batch_gpu=4"),
+        ({"batch": 0}, "batch=0"),
+        ({"dropout": "on"}, "dropout must be 'off' or 'matched', not 'on'"),
+        ({"precision": "fp8"}, "precision must be 'fp32' or 'bf16', not 'fp8'"),
+        ({"lr": 0.0}, "lr and score_lr must be positive"),
+        ({"objective": "kl"}, "unknown objective 'kl'"),
+        ({"objective": "f-js"}, "'f-js' needs a density ratio"),
+        ({"label_dim": 3, "class_probs": [0.5, 0.5]}, "class_probs has 2 entries and the generator 3 classes"),
+    ],
+    ids=str,
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**settings)
