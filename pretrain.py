@@ -42,6 +42,7 @@ def common_options(batch: int, lr: float, kimg: float):
         click.option(
             "--metrics", default="", metavar="LIST", help="Measured at each snapshot, such as fd2k_full@digits."
         ),
+        click.option("--detector", metavar="FILE", help="Feature network of metrics that are not in the registry."),
         click.option("--tick", type=cli.POSITIVE_NUMBER, default=10, help="Thousand images between status lines."),
         click.option("--snap", type=cli.POSITIVE_INT, default=10, help="Ticks between snapshots."),
         click.option("--seed", type=cli.NON_NEGATIVE_INT, default=0, help="Of everything random."),
@@ -97,7 +98,11 @@ def teacher(**options):
     if o.finish_dry_run():
         return
     torch.manual_seed(misc.derive_seed(o.seed, "weights"))
-    net = EDMPrecond(**shape, model_type="SongUNet", **widths).to(device, memory_format=torch.channels_last)
+    try:
+        net = EDMPrecond(**shape, model_type="SongUNet", **widths)
+    except ValueError as error:
+        raise InputError(f"--width={o.width} with --channel-mult cannot be built: {error}") from None
+    net = net.to(device, memory_format=torch.channels_last)
     pipe = None
     if o.augment:
         pipe = EdmAugmentPipe(p=o.augment, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1)
@@ -325,7 +330,9 @@ class Options(_Namespace):
             raise InputError(f"--cond needs labels, and --data={self.data} has none; add them, or give --no-cond")
         self.label_dim = self.dataset.label_dim if self.cond in (None, True) else 0
         metrics = [name for name in self.metrics.split(",") if name]
-        self.evaluator = Evaluator(metrics, reference=self.dataset, device=self.device) if metrics else None
+        self.evaluator = None
+        if metrics:
+            self.evaluator = Evaluator(metrics, self.dataset, self.detector, self.device)
         self.resumed = run.find_run_to_resume(self.resume) if self.resume else None
 
     def record(self) -> dict:
@@ -356,7 +363,7 @@ class Options(_Namespace):
 
         def evaluate():
             sampler = NetworkSampler(net(), self.device, class_probs=self._class_probs())
-            name = f"network-snapshot-{trainer.nimg // 1000:06d}.pkl"
+            name = f"network-snapshot-{trainer.nimg // 1000:06d}.pkl" if trainer.nimg else None
             return run.measure(self.evaluator, sampler, self.seed, directory, name)
 
         def picture(path):

@@ -46,6 +46,7 @@ class RefineOptions:
     precision: str = "fp32"
     class_freq: str | None = None
     metrics: str | None = None
+    detector: str | None = None
     ref: str | None = None
     teacher_steps: int = 18
     tick: float = 50
@@ -198,13 +199,8 @@ class Refinement:
             names = zoo.entry_for_path(self.network_path)["metrics"] if _has_metrics(self.network_path) else []
         if not names:
             return None
-        reference = o.ref and zoo.resolve(o.ref, option="--ref", kind=("statistics", "dataset"))
-        reference = reference or zoo.companion(self.network_path, "statistics")
-        if reference is None:
-            raise InputError("--ref is needed for --metrics: a statistics .npz or a data set to measure against")
-        if reference.suffix != ".npz":
-            reference = data.ImageDataset(reference, option="--ref")
-        return Evaluator(names, reference=reference, device=self.device)
+        reference = o.ref or zoo.companion(self.network_path, "statistics")
+        return Evaluator(names, reference=reference, detector=o.detector, device=self.device)
 
     def _trainer(self) -> Trainer:
         o = self.options

@@ -8,6 +8,7 @@ first and the last state go through the same code as those between.
 import contextlib
 import json
 import os
+import pickle
 import re
 import sys
 import time
@@ -186,7 +187,7 @@ class Loop:
             ValueError,
             TypeError,
             EOFError,
-            persistence.pickle.UnpicklingError,
+            pickle.UnpicklingError,
         ) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"--resume: {path} cannot be continued from ({reason})") from None
