@@ -12,3 +12,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device; run `make gpu-check` on one"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_folder_of_the_suite(tmp_path_factory):
+    """Nothing is read from the user's cache folder or left there, also not by commands that tests start."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("DI_REFINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()

@@ -1,6 +1,10 @@
 """The calc_metrics command: results on stdout, and one sentence for whatever is wrong with the input."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +13,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from calc_metrics import main
+from di_refine import zoo
 from di_refine.metrics.smallnet import SmallConvNet, save_small
 from stylegan2_ada.networks import Generator
 from torch_utils import persistence
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_images(folder, count, labels=False, mean=120):
@@ -47,6 +54,12 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DI_REFINE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
 @pytest.fixture
 def run(folder):
     def run(*arguments, detector=True):
@@ -58,7 +71,8 @@ def run(folder):
 
 def refused(result, *words):
     assert result.exit_code == 2, result.output
-    assert "Traceback" not in result.output and len(result.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in result.output
+    assert [line[:6] for line in result.stderr.splitlines() if not line.startswith("reference ")] == ["error:"]
     for word in words:
         assert word in result.stderr
 
@@ -107,7 +121,7 @@ def test_labels(run, folder, labels, classes, monkeypatch):
 
 def test_options_are_checked(run, folder):
     network, data, metric = ["--network", folder / "net.pkl"], ["--data", folder / "data"], "--metrics=fd1k_full@toy"
-    refused(run(*data, metric), "give --network or --images")
+    refused(run(*data, metric), "give --network or --images", "--run")
     refused(run(*network, *data, "--metrics=fid"), "unknown metric 'fid'", "known are fid<N>k_full")
     refused(run(*network, *data, "--metrics=fd0k_full@toy"), "asks for no images")
     refused(run(*network, metric), "needs a reference; give --ref")
@@ -158,10 +172,167 @@ def test_damaged_picture_is_named(run, folder, tmp_path):
     refused(run("--images", tmp_path / "cut", "--data", folder / "data", "--metrics=fd1k_full@toy"), "0500.png")
 
 
-def test_several_sources(run, folder):
-    result = run(
-        "--images", folder / "fakes", "--network", folder / "net.pkl", "--data", folder / "data", "--metrics=acc1k@toy"
-    )
+def last(result):
     assert result.exit_code == 0, result.output
-    results = json.loads(result.stdout.strip().splitlines()[-1])["results"]
-    assert [summary["source"] for summary in results] == [str(folder / "net.pkl"), str(folder / "fakes")]
+    return json.loads(result.stdout.strip().splitlines()[-1])
+
+
+def test_rows_in_the_order_given(run, folder):
+    network, fakes = folder / "net.pkl", folder / "fakes"
+    result = run(
+        "--images", fakes, "--network", network, "--data", folder / "data", "--metrics=acc1k@toy,fd1k_full@toy"
+    )
+    results = last(result)["results"]
+    assert [(summary["source"], summary["metric"]) for summary in results] == [
+        (str(source), metric) for source in (fakes, network) for metric in ("acc1k@toy", "fd1k_full@toy")
+    ]
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["source", "metric", "value", "delta"]
+    assert [line.split()[:2] for line in lines[2:6]] == [
+        [str(source), metric] for metric in ("acc1k@toy", "fd1k_full@toy") for source in (fakes, network)
+    ]
+    first, second = (summary["results"]["fd1k_full@toy"] for summary in results if summary["metric"] != "acc1k@toy")
+    assert results[3]["delta"]["fd1k_full@toy"] == pytest.approx(second - first, rel=1e-3, abs=1e-4)
+    assert "delta" not in results[0]
+
+
+def test_comparison_over_seeds(run, folder):
+    """Two networks that are the same have a difference of 0 with an interval of 0, whatever the seeds."""
+    copy = folder / "copy.pkl"
+    copy.write_bytes((folder / "net.pkl").read_bytes())
+    arguments = ["--network", folder / "net.pkl", "--network", copy, "--data", folder / "data"]
+    result = run(*arguments, "--metrics=fd1k_full@toy", "--seeds=3", "--no-jsonl")
+    first, second = last(result)["results"]
+    assert second["delta"] == {"fd1k_full@toy": 0} and second["delta_interval"] == {"fd1k_full@toy": [0, 0]}
+    low, high = first["interval"]["fd1k_full@toy"]
+    assert low < first["min"]["fd1k_full@toy"] < first["results"]["fd1k_full@toy"] < high
+    assert "95% interval" in result.stdout and "95% of delta" in result.stdout
+
+
+def test_jsonl_beside_the_network(run, folder, tmp_path, monkeypatch):
+    network = tmp_path / "network-snapshot-000004.pkl"
+    network.write_bytes((folder / "net.pkl").read_bytes())
+    arguments = ["--network", network, "--data", folder / "data", "--metrics=acc1k@toy,pr1k3_full@toy"]
+    last(run(*arguments, "--no-jsonl"))
+    assert not list(tmp_path.glob("*.jsonl"))
+    last(run(*arguments, "--seeds=2"))
+    lines = (tmp_path / "metric-pr1k3_full@toy.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [0, 1]
+    record = json.loads(lines[0])
+    assert record["snapshot_pkl"] == network.name and record["metric"] == "pr1k3_full@toy"
+    assert (tmp_path / "metric-acc1k@toy.jsonl").is_file()
+    monkeypatch.setenv("DI_REFINE_CACHE", str(tmp_path))  # downloaded networks are not the user's to write beside
+    (tmp_path / "metric-acc1k@toy.jsonl").unlink()
+    last(run(*arguments))
+    assert not (tmp_path / "metric-acc1k@toy.jsonl").exists()
+
+
+def test_run_directory(run, folder, tmp_path):
+    """All snapshots of a run, drawn together with what was recorded during training."""
+    pytest.importorskip("matplotlib")
+    directory = tmp_path / "00000-run"
+    directory.mkdir()
+    for kimg in (8, 4):
+        (directory / f"network-snapshot-{kimg:06d}.pkl").write_bytes((folder / "net.pkl").read_bytes())
+    (directory / "stats.jsonl").write_text(json.dumps({"kimg": 0.0, "acc1k@toy": 0.5}) + "\n")
+    arguments = ["--network", directory, "--data", folder / "data", "--metrics=acc1k@toy"]
+    result = last(run(*arguments, "--plot", tmp_path / "new" / "a.png"))
+    assert [Path(summary["source"]).name[-10:] for summary in result["results"]] == ["000004.pkl", "000008.pkl"]
+    assert [x for x, _ in result["curves"][str(directory)]["acc1k@toy"]] == [0, 4, 8]
+    assert (tmp_path / "new" / "a.png").is_file()
+    again = last(run("--run", directory, "--plot", tmp_path / "b.png", detector=False))
+    assert again["curves"] == result["curves"] and "results" not in again
+
+
+def test_grid(run, folder, tmp_path):
+    arguments = ["--images", folder / "fakes", "--data", folder / "data", "--metrics=acc1k@toy"]
+    last(run(*arguments, "--grid", tmp_path / "one.png"))
+    with Image.open(tmp_path / "one.png") as grid:
+        assert grid.size == (128, 128) and grid.mode == "L"
+        with Image.open(folder / "fakes" / "0009.png") as image:
+            np.testing.assert_array_equal(np.asarray(grid)[16:32, 16:32], np.asarray(image))
+    last(run(*arguments, "--network", folder / "net.pkl", "--grid", tmp_path / "two.png"))
+    with Image.open(tmp_path / "two.png") as grid:
+        assert grid.width > 600
+
+
+def test_outputs_are_checked(run, folder, tmp_path, monkeypatch):
+    arguments = ["--network", folder / "net.pkl", "--data", folder / "data", "--metrics=acc1k@toy"]
+    refused(run(*arguments, "--plot", tmp_path / "a.png"), "--plot draws run directories")
+    refused(run("--run", tmp_path), "nothing to measure")
+    refused(run("--run", tmp_path / "none", "--plot", tmp_path / "a.png"), "--run=", "not a run directory")
+    refused(run("--run", tmp_path, "--plot", tmp_path / "a.png"), "records no measurements")
+    refused(run("--run", tmp_path, "--plot", tmp_path / "a.png", "--grid", tmp_path / "b.png"), "--grid shows")
+    refused(run(*arguments, "--grid", tmp_path), "--grid=", "is a folder")
+    refused(run("--network", tmp_path, "--metrics=acc1k@toy"), "--network=", "no run directory")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    refused(run("--run", tmp_path, "--plot", tmp_path / "a.png"), "--plot needs matplotlib", "di-refine[plots]")
+
+
+def test_cache_of_references(run, folder, own_cache):
+    arguments = ["--network", folder / "net.pkl", "--data", folder / "data", "--metrics=kd1k_full@toy"]
+    without = last(run(*arguments, "--no-cache"))["results"][0]["results"]
+    assert not own_cache.exists()
+    first = last(run(*arguments))["results"][0]["results"]
+    (path,) = (own_cache / "statistics").iterdir()
+    assert path.name.startswith("toy-") and last(run(*arguments))["results"][0]["results"] == first == without
+    path.write_bytes(path.read_bytes()[:-50])
+    result = run(*arguments)
+    assert "cached statistics are damaged" in result.stderr and last(result)["results"][0]["results"] == first
+
+
+def test_registry_recommends_metrics(run, folder, monkeypatch):
+    record = {"file": "net.pkl", "kind": "stylegan2", "metrics": ["acc1k@toy"]}
+    monkeypatch.setattr(zoo, "registry", lambda: {"net.pkl": record})
+    assert [s["metric"] for s in last(run("--network", folder / "net.pkl"))["results"]] == ["acc1k@toy"]
+    monkeypatch.setattr(zoo, "registry", dict)
+    refused(run("--network", folder / "net.pkl"), "--metrics is needed")
+
+
+def test_rank_deficiency_is_said(run, folder, tmp_path):
+    (tmp_path / "wide.py").write_text(
+        "import torch\n"
+        "def detector():\n"
+        "    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 1200))\n"
+        "    net.name, net.input_size, net.resize = 'wide', 16, 'antialiased-bilinear'\n"
+        "    return net\n"
+    )
+    arguments = ["--images", folder / "fakes", "--data", folder / "data", "--detector", tmp_path / "wide.py"]
+    result = run(*arguments, "--metrics=fd1k_full@wide", detector=False)
+    assert "1000 images leave the covariance of 1200 features rank-deficient" in result.stderr
+    assert "the reference has 40 images for 1200 features" in result.stderr
+    content = last(result)
+    assert len(content["warnings"]) == 2 and content["results"][0]["results"]["fd1k_full@wide"] > 0
+
+
+def test_equal_pictures(run, folder, tmp_path):
+    """A folder of one picture over and over is measured, not refused."""
+    write_images(tmp_path / "same", 1)
+    for i in range(1, 1000):
+        (tmp_path / "same" / f"{i:04d}.png").hardlink_to(tmp_path / "same" / "0000.png")
+    arguments = ["--images", tmp_path / "same", "--data", folder / "data"]
+    results = last(run(*arguments, "--metrics=fd1k_full@toy,kd1k_full@toy,pr1k3_full@toy,is1k@toy"))["results"]
+    assert all(np.isfinite(list(summary["results"].values())).all() for summary in results)
+
+
+def test_two_processes_agree_with_one(run, folder, tmp_path):
+    """The command under torchrun: reference, generator and folder shared, one table, the same numbers."""
+    arguments = [f"--detector={folder / 'toy.safetensors'}", "--device=cpu", "--no-cache", "--no-jsonl"]
+    arguments += [f"--network={folder / 'net.pkl'}", f"--images={folder / 'fakes'}", f"--data={folder / 'data'}"]
+    arguments += ["--metrics=fd1k_full@toy,kd1k_full@toy,pr1k3_full@toy,dc1k3_full@toy,is1k@toy,acc1k@toy"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    completed = subprocess.run(
+        [*launch, str(ROOT / "calc_metrics.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.count("source ") == 1
+    shared = json.loads(completed.stdout.splitlines()[-1])["results"]
+    alone = last(run(*arguments, detector=False))["results"]
+    for summary in shared + alone:
+        summary.pop("seconds")
+    assert shared == alone

@@ -8,7 +8,7 @@ import torch
 from di_refine.errors import InputError
 from torch_utils.misc import derive_seed
 
-_TILE_ROWS, _TILE_COLUMNS = 1024, 8192  # 67 MB of float64 distances at a time, whatever the sets' sizes
+_TILE = 2048  # 34 MB of float64 distances at a time, whatever the sets' sizes
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -212,29 +212,38 @@ def _hits(
 def _squared_radii(features: np.ndarray, centre: np.ndarray, k: int, device: str | torch.device) -> torch.Tensor:
     """Squared distance of each sample to its k-th nearest other, shape [N] (the sample itself is nearest of all)."""
     nearest = torch.full([len(features), k + 1], torch.inf, dtype=torch.float64, device=device)
-    for rows, _, distances in _squared_distances(features, features, centre, device):
+
+    def consider(rows: slice, distances: torch.Tensor) -> None:
         candidates = distances.topk(min(k + 1, distances.shape[1]), dim=1, largest=False).values
         candidates = torch.cat([nearest[rows], candidates], dim=1)
         nearest[rows] = candidates.topk(k + 1, dim=1, largest=False).values
+
+    for rows, columns, distances in _squared_distances(features, features, centre, device, upper=True):
+        consider(rows, distances)
+        if columns != rows:  # the tile below the diagonal is this one's transpose
+            consider(columns, distances.T)
     return nearest.amax(dim=1)
 
 
 def _squared_distances(
-    x: np.ndarray, y: np.ndarray, centre: np.ndarray, device: str | torch.device
+    x: np.ndarray, y: np.ndarray, centre: np.ndarray, device: str | torch.device, upper: bool = False
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Tiles of the matrix of squared distances: (rows of x, rows of y, float64 tensor)."""
+    """Tiles of the matrix of squared distances: (rows of x, rows of y, float64 tensor).
 
-    def part(features: np.ndarray, first: int, count: int) -> tuple[slice, torch.Tensor, torch.Tensor]:
-        chosen = slice(first, min(first + count, len(features)))
-        values = torch.from_numpy(features[chosen].astype(np.float64) - centre).to(device)
+    `upper` leaves out the tiles below the diagonal.
+    """
+
+    def part(features: np.ndarray, first: int) -> tuple[slice, torch.Tensor, torch.Tensor]:
+        chosen = slice(first, min(first + _TILE, len(features)))
+        values = torch.from_numpy(features[chosen] - centre).to(device)  # float64, as the centre is
         return chosen, values, values.square().sum(dim=1, keepdim=True)
 
-    for i in range(0, len(x), _TILE_ROWS):
-        rows, a, a_norms = part(x, i, _TILE_ROWS)
+    for i in range(0, len(x), _TILE):
+        rows, a, a_norms = part(x, i)
         # One product gives |a|^2 + |b|^2 - 2 a.b without passing over the large tile again.
         left = torch.cat([-2 * a, a_norms, torch.ones_like(a_norms)], dim=1)
-        for j in range(0, len(y), _TILE_COLUMNS):
-            columns, b, b_norms = part(y, j, _TILE_COLUMNS)
+        for j in range(i if upper else 0, len(y), _TILE):
+            columns, b, b_norms = part(y, j)
             distances = left @ torch.cat([b, torch.ones_like(b_norms), b_norms], dim=1).T
             # Equal samples must be at distance 0, or collapsed sets would be judged by rounding noise.
             noise = 1e-12 * float(a_norms.max() + b_norms.max())

@@ -5,28 +5,36 @@ a pure function of image index and seed, so results do not depend on the batch s
 `resolution`, `label_dim`, and `num_images` if it can only give so many.
 """
 
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from di_refine import cli
 from di_refine.data import ImageDataset
-from di_refine.errors import InputError, RunError
+from di_refine.errors import InputError
 from di_refine.metrics import distances
 from di_refine.metrics.features import FeatureNet, Identity, load_detector
 from di_refine.metrics.names import MetricSpec, parse_metric, parse_metrics
+from di_refine.metrics.parallel import Ranks
+from di_refine.metrics.references import (
+    Reference,
+    check_dataset,
+    mismatch,
+    open_reference,
+    reference_statistics,
+    registered_statistics,
+)
 from di_refine.metrics.results import MetricResult, write_jsonl
 from di_refine.metrics.statistics import FeatureMoments, FeatureStatistics
 
 __all__ = ["Evaluator", "MetricResult", "MetricSpec", "parse_metric", "write_jsonl"]
 
 INCEPTION_WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
-SMALL_FEATURES = 16 << 20  # bytes up to which reference features are kept without being asked for
-
-Reference = str | os.PathLike | ImageDataset
+PATH_BATCH = 32  # paths per pass; fixed, as the noise inputs of a pass depend on it
 
 
 class Evaluator:
@@ -40,6 +48,11 @@ class Evaluator:
         detector: the feature network the names refer to, a file or loaded; None looks the names up in the registry.
         device: where feature networks run.
         batch: images per pass; None takes the sampler's own chunk, else 128.
+        perceptual: the network for path lengths (see `metrics.path_length`), a file.
+        cache: keep statistics of data sets in the cache folder, and take them from there.
+        workers: threads that decode a data set.
+        distributed: share all work among the processes of `torch.distributed`, which all must make and call the same
+            evaluator.
 
     Raises:
         InputError: an unknown name, a missing or wrong file, or a reference that does not fit the feature network.
@@ -52,22 +65,65 @@ class Evaluator:
         detector: str | os.PathLike | FeatureNet | None = None,
         device: str | torch.device = "cpu",
         batch: int | None = None,
+        perceptual: str | os.PathLike | None = None,
+        cache: bool = True,
+        workers: int = 2,
+        distributed: bool = False,
     ):
         self.specs = parse_metrics(metrics)
         self.device, self.batch = torch.device(device), batch
+        self.cache, self.workers, self.distributed = cache, workers, distributed
+        self.perceptual = self._load_perceptual(perceptual)
         self.detectors = self._load_detectors(detector)
         sources = [] if reference is None else [reference] if isinstance(reference, Reference) else list(reference)
-        sources = [_open_reference(source) for source in sources]
-        self.references = {
+        sources = [open_reference(source) for source in sources]
+        self._sources = {
             name: self._find_reference(net, self._specs_of(name), sources)
             for name, net in self.detectors.items()
             if any("reference" in spec.needs for spec in self._specs_of(name))
         }
 
+    @functools.cached_property
+    def references(self) -> dict[str | None, FeatureStatistics]:
+        """The reference statistics of each feature network. Those of data sets are made when first asked for, which is
+        after everything has been checked.
+        """
+        return {
+            name: self._statistics_of(source, self.detectors[name]) if isinstance(source, ImageDataset) else source
+            for name, source in self._sources.items()
+        }
+
     @property
     def num_images(self) -> int:
-        """How many images a pass takes."""
-        return max(spec.num_images for spec in self.specs)
+        """How many images a measurement takes: one pass for all metrics of images, and two for each path."""
+        paths = max((spec.num_images for spec in self.specs if "generator" in spec.needs), default=0)
+        return self._num_in_pass + 2 * paths
+
+    @property
+    def _num_in_pass(self) -> int:
+        return max((spec.num_images for spec in self.specs if "generator" not in spec.needs), default=0)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of the numbers must know and cannot see from them, a sentence each."""
+        found = []
+        for spec in self.specs:
+            if spec.kind not in ("fid", "fd"):
+                continue
+            size = self.detectors[spec.detector].identity.feature_dim
+            source = self._sources[spec.detector]
+            count = len(source) if isinstance(source, ImageDataset) else source.count
+            if spec.num_images <= size:
+                found.append(
+                    f"{spec.name}: {spec.num_images} images leave the covariance of {size} features rank-deficient; "
+                    "compare only with values from as many images"
+                )
+            if count is not None and count <= size:
+                found.append(
+                    f"{spec.name}: the reference has {count} images for {size} features, a rank-deficient covariance; "
+                    "compare only with values against the same reference"
+                )
+        return found
 
     def check(self, sampler) -> None:
         """Check, before any image is made, that a sampler suits the metrics.
@@ -77,6 +133,13 @@ class Evaluator:
         """
         limit = getattr(sampler, "num_images", None)
         for spec in self.specs:
+            if "generator" in spec.needs:
+                if not hasattr(getattr(sampler, "net", None), "mapping"):
+                    raise InputError(
+                        f"--metrics: {spec.name} is a property of StyleGAN2 generators; measure one of them"
+                    )
+                self.perceptual.check_channels(sampler.num_channels)
+                continue
             net = self.detectors[spec.detector]
             net.check_channels(sampler.num_channels)
             if limit is not None and spec.num_images > limit:
@@ -89,26 +152,31 @@ class Evaluator:
                     f"{spec.name} compares requested with recognised classes; there are {sampler.label_dim} and "
                     f"{net.identity.num_classes}"
                 )
-            statistics = self.references.get(spec.detector)
-            for key in ("resolution", "num_channels") if statistics else ():
-                wanted, given = statistics.identity.get(key), getattr(sampler, key)
+            source = self._sources.get(spec.detector)
+            for key in ("resolution", "num_channels") if source is not None else ():
+                of_images = isinstance(source, ImageDataset)
+                wanted, given = getattr(source, key) if of_images else source.identity.get(key), getattr(sampler, key)
                 if wanted is not None and wanted != given:
                     raise InputError(
                         f"{spec.name}: the reference was made from images with {key} {wanted}, these have {given}; "
                         "give another --ref or --data"
                     )
 
+    def prepare(self) -> None:
+        """Make the reference statistics of data sets now, which the first measurement would do otherwise."""
+        _ = self.references
+
     def __call__(
-        self, sampler, seed: int = 0, progress: Callable[[int], None] | None = None, distributed: bool = False
+        self, sampler, seed: int = 0, progress: Callable[[int], None] | None = None, distributed: bool | None = None
     ) -> list[MetricResult]:
         """Measure a generator.
 
         Args:
             sampler: see the module's text.
             seed: of the sampler and of random subsets.
-            progress: called with the number of images of each batch.
+            progress: called with the number of images of each batch that this process makes.
             distributed: share the images among all processes of `torch.distributed`, all of which must call this; each
-                gets all results.
+                gets all results. None: as the evaluator was made.
 
         Returns:
             A result per metric, in the order of the names.
@@ -118,25 +186,23 @@ class Evaluator:
             RunError: a feature network gave values that are not finite.
         """
         self.check(sampler)
+        self.prepare()
         start = time.monotonic()
-        rank, world_size = 0, 1
-        if distributed:
-            rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        ranks = Ranks(self.distributed if distributed is None else distributed)
         collectors = {name: _Collector(net, self._specs_of(name)) for name, net in self.detectors.items()}
-        first, stop = (self.num_images * part // world_size for part in (rank, rank + 1))
         batch = self.batch or getattr(sampler, "chunk", 128)
-        while first < stop:
-            count = min(batch, stop - first)
-            images, labels = sampler(first, count, seed)
+        for indices in ranks.batches(self._num_in_pass, batch):
+            images, labels = sampler(indices.start, len(indices), seed)
             for collector in collectors.values():
-                collector.append(first, images, labels)
-            first += count
+                collector.append(indices.start, images, labels)
             if progress is not None:
-                progress(count)
-        if world_size > 1:
-            for collector in collectors.values():
-                collector.gather(world_size)
-        values = [self._measure(spec, collectors[spec.detector], seed) for spec in self.specs]
+                progress(len(indices))
+        for collector in collectors.values():
+            collector.gather(ranks)
+        lengths = self._path_lengths(sampler, seed, progress, ranks)
+        values = ranks.on_first(
+            lambda: [self._measure(spec, collectors.get(spec.detector), lengths, seed) for spec in self.specs]
+        )
         seconds = time.monotonic() - start
         return [
             MetricResult(
@@ -146,116 +212,127 @@ class Evaluator:
                 seed=seed,
                 resolution=sampler.resolution,
                 num_channels=sampler.num_channels,
-                detector=self.detectors[spec.detector].identity,
+                detector=self._identity(spec),
                 reference=self._describe_reference(spec),
                 seconds=seconds,
-                num_gpus=world_size,
+                num_gpus=ranks.size,
             )
             for spec, value in zip(self.specs, values)
         ]
 
-    @staticmethod
-    def reference_statistics(
-        dataset: ImageDataset,
-        detector: FeatureNet | str | os.PathLike,
-        device: str | torch.device = "cpu",
-        batch: int = 128,
-        keep_features: bool | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> FeatureStatistics:
-        """Statistics of all images of a data set.
-
-        Args:
-            dataset: the images.
-            detector: a loaded feature network, or a file of one.
-            device: where to run a network that is loaded here.
-            batch: images per pass.
-            keep_features: keep the features too; None keeps them up to 16 MB.
-            progress: called with the number of images of each batch.
-        """
-        net = detector if isinstance(detector, FeatureNet) else load_detector(detector, device)
-        net.check_channels(dataset.num_channels)
-        count = len(dataset)
-        if keep_features is None:
-            keep_features = count * net.identity.feature_dim * 4 <= SMALL_FEATURES
-        stream = FeatureMoments(keep=count if keep_features else 0)
-        for first in range(0, count, batch):
-            indices = range(first, min(first + batch, count))
-            features, _ = net(dataset.images(indices), probabilities=False)
-            _check_finite(features, net, first)
-            stream.append(features)
-            if progress is not None:
-                progress(len(indices))
-        if count < 2:
-            raise InputError(f"{dataset.path}: a reference needs at least 2 images, it has {count}")
-        return stream.statistics(
-            detector=net.identity.name,
-            detector_hash=net.identity.hash,
-            dataset=dataset.name,
-            dataset_hash=dataset.content_hash()[:16],
-            resolution=dataset.resolution,
-            num_channels=dataset.num_channels,
-        )
+    reference_statistics = staticmethod(reference_statistics)
 
     def _specs_of(self, detector: str | None) -> list[MetricSpec]:
-        return [spec for spec in self.specs if spec.detector == detector]
+        return [spec for spec in self.specs if spec.detector == detector and "generator" not in spec.needs]
+
+    def _load_perceptual(self, given: str | os.PathLike | None):
+        specs = [spec for spec in self.specs if "generator" in spec.needs]
+        if not specs:
+            if given is not None:
+                raise InputError("--perceptual is for path lengths, and --metrics names none, such as ppl2_wend")
+            return None
+        if given is None:
+            raise InputError(
+                f"--metrics: {specs[0].name} needs a perceptual network (LPIPS as TorchScript, or any feature "
+                "network); give calc_metrics.py --perceptual"
+            )
+        from di_refine.metrics.path_length import Perceptual  # builds networks: not needed for images alone
+
+        perceptual = Perceptual(given, self.device)
+        name = None if perceptual.is_lpips else perceptual.identity.name
+        for spec in specs:
+            if spec.detector not in (name, perceptual.identity.name):
+                proper = spec.name.split("@")[0] + (f"@{name}" if name else "")
+                raise InputError(
+                    f"--perceptual is called {perceptual.identity.name}"
+                    f"{'' if name is None else ' and is no LPIPS network'}; write {proper} for {spec.name}"
+                )
+        return perceptual
 
     def _load_detectors(self, given: str | os.PathLike | FeatureNet | None) -> dict[str | None, FeatureNet]:
         """The feature networks by the name in the metrics' names; None stands for the 2015 Inception."""
         if given is not None and not isinstance(given, FeatureNet):
             given = load_detector(given, self.device)
-        detectors = {}
+        detectors, wanted = {}, [spec for spec in self.specs if "generator" not in spec.needs]
         if given is not None:
             name = None if given.identity.is_inception else given.identity.name
-            if all(spec.detector not in (name, given.identity.name) for spec in self.specs):
+            if all(spec.detector not in (name, given.identity.name) for spec in wanted):
                 raise InputError(
                     f"--detector is called {given.identity.name}, and no metric uses it; write names such as "
                     f"{'fid50k_full' if name is None else f'fd2k_full@{name}'}"
                 )
             detectors = {name: given, given.identity.name: given}
-        for name in dict.fromkeys(spec.detector for spec in self.specs):
+        for name in dict.fromkeys(spec.detector for spec in wanted):
             if name not in detectors:
                 option = "--detector" if name is None else "--metrics"
                 detectors[name] = load_detector(name or INCEPTION_WEIGHTS, self.device, option)
-        detectors = {spec.detector: detectors[spec.detector] for spec in self.specs}
+        detectors = {spec.detector: detectors[spec.detector] for spec in wanted}
         if None in detectors and not detectors[None].identity.is_inception:
             raise InputError(
                 f"--metrics needs the 2015 Inception network, but the content of {INCEPTION_WEIGHTS} is something "
                 "else; download it again"
             )
-        for spec in self.specs:
+        for spec in wanted:
             if "probabilities" in spec.needs and detectors[spec.detector].identity.num_classes is None:
                 raise InputError(f"--metrics: {spec.name} needs class probabilities, which its detector does not give")
         return detectors
 
     def _find_reference(
         self, net: FeatureNet, specs: list[MetricSpec], sources: list[FeatureStatistics | ImageDataset]
-    ) -> FeatureStatistics:
+    ) -> FeatureStatistics | ImageDataset:
         names = ", ".join(spec.name for spec in specs if "reference" in spec.needs)
-        wants_features = any("reference features" in spec.needs for spec in specs)
         if not sources:
-            known = self._registered_statistics(net)
+            known = registered_statistics(net)
             if known is None:
                 raise InputError(f"--metrics: {names} needs a reference; give --ref (statistics) or --data (images)")
             sources = [known]
         reasons = []
         for source in sources:
             if isinstance(source, ImageDataset):
-                return self.reference_statistics(source, net, keep_features=wants_features or None)
-            reason = _mismatch(source, net.identity, wants_features)
+                check_dataset(source, net)
+                return source
+            reason = mismatch(source, net.identity, _wants_features(specs))
             if reason is None:
                 return source
             reasons.append(reason)
         raise InputError(f"--metrics: {names}: the reference {'; '.join(reasons)}; give another --ref, or --data")
 
-    @staticmethod
-    def _registered_statistics(net: FeatureNet) -> FeatureStatistics | None:
-        from di_refine import zoo
+    def _statistics_of(self, dataset: ImageDataset, net: FeatureNet) -> FeatureStatistics:
+        specs = [spec for spec in self.specs if self.detectors.get(spec.detector) is net]
+        shown = Ranks(self.distributed).is_first
+        with cli.progress(len(dataset), f"reference {dataset.name}", "img", enabled=shown) as bar:
+            return self.reference_statistics(
+                dataset,
+                net,
+                batch=self.batch or 128,
+                keep_features=_wants_features(specs) or None,
+                progress=bar.update,
+                cache=self.cache,
+                workers=self.workers,
+                distributed=self.distributed,
+            )
 
-        path = None if net.path is None else zoo.companion(net.path, "statistics")
-        return None if path is None else FeatureStatistics.load(path)
+    def _path_lengths(self, sampler, seed: int, progress: Callable[[int], None] | None, ranks: Ranks) -> np.ndarray:
+        """The lengths of as many paths as any metric asks for, on the first process."""
+        count = max((spec.num_images for spec in self.specs if "generator" in spec.needs), default=0)
+        if not count:
+            return np.zeros(0)
+        from di_refine.metrics.path_length import path_lengths
 
-    def _measure(self, spec: MetricSpec, collected: "_Collector", seed: int) -> float | tuple[float, float]:
+        mine = []
+        for indices in ranks.batches(count, PATH_BATCH):
+            mine.append(path_lengths(sampler, self.perceptual, indices.start, len(indices), seed))
+            if progress is not None:
+                progress(2 * len(indices))
+        return np.concatenate([np.zeros(0), *(part for parts in ranks.gather(mine) for part in parts)])
+
+    def _measure(
+        self, spec: MetricSpec, collected: "_Collector | None", lengths: np.ndarray, seed: int
+    ) -> float | tuple[float, float]:
+        if spec.kind == "ppl":
+            from di_refine.metrics.path_length import perceptual_path_length
+
+            return perceptual_path_length(lengths[: spec.num_images])
         moments, reference = collected.moments.get(spec.num_images), self.references.get(spec.detector)
         if spec.kind in ("fid", "fd"):
             return distances.frechet_distance(reference.mu, reference.sigma, *moments.moments())
@@ -270,9 +347,17 @@ class Evaluator:
             return distances.inception_score(np.concatenate(collected.probabilities)[: spec.num_images])
         return float(np.concatenate(collected.hits)[: spec.num_images].mean())
 
+    def _identity(self, spec: MetricSpec) -> Identity:
+        net = self.perceptual if "generator" in spec.needs else self.detectors[spec.detector]
+        return net.identity
+
     def _describe_reference(self, spec: MetricSpec) -> dict:
         statistics = self.references.get(spec.detector) if "reference" in spec.needs else None
         return {} if statistics is None else {**statistics.identity, "count": statistics.count}
+
+
+def _wants_features(specs: list[MetricSpec]) -> bool:
+    return any("reference features" in spec.needs for spec in specs)
 
 
 class _Collector:
@@ -298,54 +383,25 @@ class _Collector:
         if len(images) == 0:
             return
         features, probabilities = self.net(images, self.wants_probabilities)
-        _check_finite(features, self.net, first)
+        self.net.check_finite(features, first)
         for num_images, moments in self.moments.items():
             moments.append(features[: max(num_images - first, 0)])
         if probabilities is not None:
-            _check_finite(probabilities, self.net, first)
+            self.net.check_finite(probabilities, first)
             self.probabilities.append(probabilities.cpu().numpy())
         if self.wants_hits:
             wanted = torch.as_tensor(labels)[: len(images)].argmax(dim=1).cpu()
             self.hits.append((probabilities.argmax(dim=1).cpu() == wanted).numpy())
 
-    def gather(self, world_size: int) -> None:
-        """Replace what this process has by what all have, in the order of their ranks."""
+    def gather(self, ranks: Ranks) -> None:
+        """Replace what this process has by what all have, in the order of their ranks, on the first."""
+        if ranks.size == 1:
+            return
         mine = ({count: moments.cpu() for count, moments in self.moments.items()}, self.probabilities, self.hits)
-        everyone = [None] * world_size
-        torch.distributed.all_gather_object(everyone, mine)
-        self.moments = {count: FeatureMoments(moments.keep) for count, moments in self.moments.items()}
-        self.probabilities, self.hits = [], []
-        for moments, probabilities, hits in everyone:
-            for count, part in moments.items():
-                self.moments[count].merge(part)
-            self.probabilities += probabilities
-            self.hits += hits
-
-
-def _open_reference(source: Reference) -> FeatureStatistics | ImageDataset:
-    if isinstance(source, ImageDataset):
-        return source
-    path = Path(source)
-    if not path.exists():
-        from di_refine import zoo
-
-        path = Path(zoo.resolve(source, option="--ref", kind=("statistics", "dataset")))
-    return FeatureStatistics.load(path) if path.suffix == ".npz" else ImageDataset(path, option="--ref")
-
-
-def _mismatch(statistics: FeatureStatistics, identity: Identity, wants_features: bool) -> str | None:
-    """Why statistics do not suit a feature network, or None. Official files do not say which network made them."""
-    maker = statistics.identity.get("detector", "an unnamed network")
-    if statistics.feature_dim != identity.feature_dim:
-        return f"holds {statistics.feature_dim} features of {maker}, but {identity.name} has {identity.feature_dim}"
-    if statistics.identity.get("detector_hash", identity.hash) != identity.hash:
-        return f"was made with another network ({maker}, {statistics.identity['detector_hash']}; now {identity.hash})"
-    if wants_features and statistics.features is None:
-        return "holds only mean and covariance, but some metrics compare single features"
-    return None
-
-
-def _check_finite(values: torch.Tensor, net: FeatureNet, first: int) -> None:
-    if not torch.isfinite(values).all():
-        row = int((~torch.isfinite(values)).any(dim=1).nonzero()[0])
-        raise RunError(f"detector {net.identity.name} gave values that are not finite for image {first + row}")
+        everyone = ranks.gather(mine)
+        self.moments = {
+            count: FeatureMoments.merged([moments[count] for moments, _, _ in everyone], moments.keep)
+            for count, moments in self.moments.items()
+        }
+        self.probabilities = [part for _, probabilities, _ in everyone for part in probabilities]
+        self.hits = [part for _, _, hits in everyone for part in hits]

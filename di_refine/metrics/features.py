@@ -1,4 +1,4 @@
-"""Feature networks behind one interface: the 2015 Inception, our small classifiers, any TorchScript file."""
+"""Feature networks behind one interface: the 2015 Inception, our small classifiers, any TorchScript, and plug-ins."""
 
 import contextlib
 import hashlib
@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch.nn import functional as F
 
-from di_refine.errors import InputError
+from di_refine.errors import InputError, RunError
 from di_refine.metrics import inception
 from di_refine.metrics.smallnet import SmallConvNet, load_small, save_small, train_features
 
@@ -38,7 +39,7 @@ class Identity:
         name: what metric names call it.
         hash: first 16 hex digits of the weight file's SHA-256.
         input_size: the size images are brought to, or None when the file does that itself.
-        resize: by which rule: 'tf1-bilinear', 'antialiased-bilinear' or 'internal'.
+        resize: by which rule: 'tf1-bilinear', 'antialiased-bilinear', 'antialiased-bicubic' or 'internal'.
         feature_dim: number of features.
         num_classes: number of classes, or None when it gives no probabilities.
     """
@@ -107,21 +108,49 @@ class FeatureNet:
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise InputError(f"metrics take uint8 images [N, C, H, W], got {images.dtype} {list(images.shape)}")
         self.check_channels(images.shape[1])
+        images = self._prepare(images)
+        features = self._features(images)
+        if not probabilities or self._probabilities is None:
+            return features, None
+        with _full_precision():
+            return features, self._probabilities(images, features).float()
+
+    @torch.no_grad()
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Features [N, F] of floating-point images [N, C, H, W] with values 0..255 that are not rounded to whole ones.
+
+        Numbers of images that exist are made from rounded ones; this is for distances between nearly equal images.
+        """
+        self.check_channels(images.shape[1])
+        return self._features(self._prepare(images))
+
+    def check_finite(self, values: torch.Tensor, first: int) -> None:
+        """Raise RunError naming the image, when features or probabilities of images from `first` on are not finite."""
+        finite = torch.isfinite(values).all(dim=1)
+        if not finite.all():
+            image = first + int((~finite).nonzero()[0])
+            raise RunError(f"detector {self.identity.name} gave values that are not finite for image {image}")
+
+    def _prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """Images on the device with the network's channels and, unless it resizes itself, of the size it takes."""
         images = images.to(self.device)
         if images.shape[1] < self.channels:
             images = images.expand(-1, self.channels, -1, -1)
-        size = self.identity.input_size
-        if self.identity.resize == "antialiased-bilinear" and images.shape[2:] != (size, size):
-            images = F.interpolate(images.float(), [size, size], mode="bilinear", antialias=True, align_corners=False)
+        size, mode = self.identity.input_size, self.identity.resize.removeprefix("antialiased-")
+        if mode == self.identity.resize or images.shape[2:] == (size, size):
+            return images
+        images = F.interpolate(images.float(), [size, size], mode=mode, antialias=True, align_corners=False)
+        return images.clamp_(0, 255) if mode == "bicubic" else images  # bicubic weights may be negative
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
         with _full_precision():
             features = self.net(images).float()
-            if features.shape != (len(images), self.identity.feature_dim):
-                raise InputError(
-                    f"detector {self.identity.name} gave {list(features.shape)} for {len(images)} images, "
-                    f"expected [{len(images)}, {self.identity.feature_dim}]"
-                )
-            has_classes = probabilities and self._probabilities is not None
-            return features, self._probabilities(images, features).float() if has_classes else None
+        if features.shape != (len(images), self.identity.feature_dim):
+            raise InputError(
+                f"detector {self.identity.name} gave {list(features.shape)} for {len(images)} images, "
+                f"expected [{len(images)}, {self.identity.feature_dim}]"
+            )
+        return features
 
     def check_channels(self, channels: int) -> None:
         """Raise InputError when images with this many channels cannot be judged."""
@@ -132,16 +161,24 @@ class FeatureNet:
             )
 
 
+def load_plugin(path: Path, device: str | torch.device) -> FeatureNet:
+    """A plug-in's network, see `metrics.plugin`."""
+    from di_refine.metrics import plugin  # it builds on this module
+
+    net, identity, probabilities = plugin.load(path)
+    return FeatureNet(net, identity, net.channels, probabilities, device, path)
+
+
 def load_detector(
     source: str | os.PathLike, device: str | torch.device = "cpu", option: str = "--detector"
 ) -> FeatureNet:
     """Load a feature network.
 
     Args:
-        source: a file (weights of the 2015 Inception as a PyTorch state dict or TorchScript, a file of `save_small`, or
-            any TorchScript module that turns images [N, 3, H, W] in 0..255 into features [N, F]), a name in the
-            registry, or the short name used in metric names (`digits` for `features-digits`). TorchScript files are
-            programs: use only ones you trust.
+        source: a file (weights of the 2015 Inception as PyTorch state dict, safetensors or TorchScript, a file of
+            `save_small`, any TorchScript module that turns images [N, 3, H, W] in 0..255 into features [N, F], or a
+            plug-in, see `metrics.plugin`), a name in the registry, or the short name used in metric names (`digits` for
+            `features-digits`). TorchScript files and plug-ins are programs: use only ones you trust.
         device: where to run.
         option: the command's option it came from, for messages.
 
@@ -149,8 +186,10 @@ def load_detector(
         InputError: naming the file, when it is missing or none of these.
     """
     path = _locate(source, option)
+    if path.suffix == ".py":
+        return load_plugin(path, device)
     digest = _sha256(path)
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" and not _holds_inception(path):
         return _small(path, digest, device)
     if _is_torchscript(path):
         return _torchscript(path, digest, device)
@@ -171,7 +210,7 @@ def _small(path: Path, digest: str, device: str | torch.device) -> FeatureNet:
     net, name, _ = load_small(path)
     config = net.config
     identity = Identity(
-        name=_clean_name(name),
+        name=other_name(name),
         hash=digest[:16],
         input_size=config["resolution"],
         resize="antialiased-bilinear",
@@ -185,17 +224,29 @@ def _small(path: Path, digest: str, device: str | torch.device) -> FeatureNet:
     return FeatureNet(net, identity, config["channels"], probabilities, device, path)
 
 
+def _holds_inception(path: Path) -> bool:
+    """Whether a safetensors file has the tensors of the 2015 network. Damaged files are somebody else's to report."""
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+            return "Conv2d_1a_3x3.conv.weight" in file.keys()  # noqa: SIM118 (not a dict)
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
 def _inception(path: Path, digest: str, device: str | torch.device) -> FeatureNet:
     net = inception.InceptionV3()
     try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        if path.suffix == ".safetensors":
+            net.load_state_dict(safetensors.torch.load_file(path))
+        else:
+            net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     except (OSError, EOFError, RuntimeError, AttributeError, KeyError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"{path}: not a feature network; expected Inception weights, TorchScript or .safetensors ({reason})"
         ) from None
     identity = Identity(
-        name=INCEPTION if digest in INCEPTION_FILES else _name_of_file(path),
+        name=INCEPTION if digest in INCEPTION_FILES else other_name(path.stem),
         hash=digest[:16],
         input_size=inception.INPUT_SIZE,
         resize="tf1-bilinear",
@@ -246,7 +297,7 @@ def _torchscript(path: Path, digest: str, device: str | torch.device) -> Feature
             f"{path}: this TorchScript does not turn uint8 images [N, 3, H, W] into features [N, F] ({reason})"
         ) from None
     identity = Identity(
-        name=INCEPTION if digest in INCEPTION_FILES else _name_of_file(path),
+        name=INCEPTION if digest in INCEPTION_FILES else other_name(path.stem),
         hash=digest[:16],
         input_size=None,
         resize="internal",
@@ -263,15 +314,11 @@ def _is_torchscript(path: Path) -> bool:
         return any("/code/" in f"/{name}" for name in archive.namelist())
 
 
-def _name_of_file(path: Path) -> str:
-    name = _clean_name(path.stem)
+def other_name(name: str) -> str:
+    """A name for a network that is not the 2015 Inception, fit to be part of a metric's name and so of a file name."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", name)
     # A file may be called like the real network; its numbers may not.
     return f"{name}-other" if name == INCEPTION else name
-
-
-def _clean_name(name: str) -> str:
-    """A name that can be part of a metric's name and so of a file name."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", name)
 
 
 def _sha256(path: Path) -> str:

@@ -1,7 +1,8 @@
 """Names of metrics: what each measures, on how many images, with which feature network.
 
 `fid50k_full`, `kid50k_full`, `is50k` and `pr50k3_full` are the names of the StyleGAN family and belong to the 2015
-Inception. With any other network the name carries it: `fd2k_full@digits`.
+Inception. With any other network the name carries it: `fd2k_full@digits`. `ppl2_wend` (50,000 pairs) belongs to a
+perceptual network of LPIPS; with another one, again, the name carries it.
 """
 
 import re
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 from di_refine.errors import InputError
 
 FORMS = (
-    "fid<N>k_full, kid<N>k_full, is<N>k and pr<N>k3_full with the 2015 Inception; fd<N>k_full@<net>, "
-    "kd<N>k_full@<net>, pr<N>k3_full@<net>, dc<N>k3_full@<net>, is<N>k@<net> and acc<N>k@<net> with any other"
+    "fid<N>k_full, kid<N>k_full, is<N>k, pr<N>k3_full and dc<N>k3_full with the 2015 Inception; fd<N>k_full@<net>, "
+    "kd<N>k_full@<net>, pr<N>k3_full@<net>, dc<N>k3_full@<net>, is<N>k@<net> and acc<N>k@<net> with any other; "
+    "ppl2_wend and ppl<N>k_wend with a perceptual network"
 )
 
 
@@ -23,7 +25,8 @@ class Kind:
     Attributes:
         tail: what follows the number of images in the name.
         inception, other: whether it exists for the 2015 Inception, and for other networks.
-        needs: 'reference', 'reference features', 'features', 'probabilities', 'labels'.
+        needs: 'reference', 'reference features', 'features', 'probabilities', 'labels', or 'generator' for what is
+            measured on the network itself and not on its images.
         parts: names of the values, () for a single one.
         what: in words.
     """
@@ -48,10 +51,13 @@ KINDS = {
     "fd": _kind("_full", "other", _MOMENTS, "Frechet distance"),
     "kd": _kind("_full", "other", _SETS, "kernel distance"),
     "pr": _kind("3_full", "inception other", _SETS, "precision and recall, 3 neighbours", ("precision", "recall")),
-    "dc": _kind("3_full", "other", _SETS, "density and coverage, 3 neighbours", ("density", "coverage")),
+    "dc": _kind("3_full", "inception other", _SETS, "density and coverage, 3 neighbours", ("density", "coverage")),
     "is": _kind("", "inception other", ("probabilities",), "inception score, mean and deviation", ("mean", "std")),
     "acc": _kind("", "other", ("probabilities", "labels"), "share of images classified as the class asked for"),
+    "ppl": _kind("_wend", "inception other", ("generator",), "perceptual path length in W, at the ends of paths"),
 }
+
+PPL2 = "ppl2_wend"  # the StyleGAN family's name, 50,000 pairs
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class MetricSpec:
         name: as given.
         kind: a key of `KINDS`.
         num_images: how many generated images it is measured on.
-        detector: name of the feature network, None for the 2015 Inception.
+        detector: name of the feature network, None for the 2015 Inception, and for path lengths for LPIPS.
     """
 
     name: str
@@ -91,7 +97,8 @@ def parse_metric(name: str) -> MetricSpec:
     Raises:
         InputError: listing the known forms, or saying what the name should be instead.
     """
-    match = re.fullmatch(r"([a-z]+)([0-9]{1,6})k([a-z0-9_]*)(?:@([A-Za-z0-9._-]+))?", name)
+    counted = re.sub(f"^{PPL2}(@|$)", r"ppl50k_wend\1", name)
+    match = re.fullmatch(r"([a-z]+)([0-9]{1,6})k([a-z0-9_]*)(?:@([A-Za-z0-9._-]+))?", counted)
     kind = KINDS.get(match[1]) if match else None
     if kind is None or match[3] != kind.tail:
         raise InputError(f"--metrics: unknown metric {name!r}; known are {FORMS}")

@@ -40,6 +40,11 @@ class Sampler:
         return torch.from_numpy(images), labels
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DI_REFINE_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A feature network, a data set of 60 images, and the data set's statistics with and without features."""
@@ -118,8 +123,8 @@ def test_official_statistics_suffice_for_frechet(folder, evaluator):
     assert official(Sampler())[0].value == pytest.approx(evaluator(Sampler())[0].value, rel=1e-9)
 
 
-def test_two_processes_agree_with_one(folder, evaluator, tmp_path):
-    """Each process takes half of the images; 1k metrics end inside the first half's images."""
+def test_two_processes_agree_with_one(folder, tmp_path):
+    """Each process takes half of the batches; 1k metrics end inside the first half's images."""
     script = f"""
 import sys, json, torch
 sys.path[:0] = {sys.path!r}
@@ -128,9 +133,10 @@ from test_evaluate import ALL, Evaluator, Sampler
 torch.set_num_threads(1)
 rank = int(sys.argv[1])
 torch.distributed.init_process_group("gloo", init_method="file://{tmp_path}/rendezvous", rank=rank, world_size=2)
-evaluator = Evaluator(ALL, reference="{folder}/stats.npz", detector="{folder}/toy.safetensors")
+reference, detector = "{folder}/data", "{folder}/toy.safetensors"
+evaluator = Evaluator(ALL, reference, detector, batch=100, cache=False, distributed=True)
 sampler = Sampler()
-results = evaluator(sampler, distributed=True)
+results = evaluator(sampler)
 print(json.dumps([[list(r.values.values()), r.num_gpus, len(sampler.calls)] for r in results]))
 """
     processes = [
@@ -139,8 +145,50 @@ print(json.dumps([[list(r.values.values()), r.num_gpus, len(sampler.calls)] for 
     ]
     outputs = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
     assert outputs[0] == outputs[1]
-    for (values, num_gpus, calls), want in zip(outputs[0], evaluator(Sampler())):
-        assert values == pytest.approx(list(want.values.values()), rel=1e-5, abs=1e-7) and (num_gpus, calls) == (2, 10)
+    alone = Evaluator(ALL, folder / "data", folder / "toy.safetensors", batch=100, cache=False)
+    for (values, num_gpus, calls), want in zip(outputs[0], alone(Sampler())):
+        # Same features bit by bit; only the order of float64 sums differs.
+        assert values == pytest.approx(list(want.values.values()), rel=1e-12, abs=1e-14)
+        assert (num_gpus, calls) == (2, 10)
+
+
+def test_failure_of_the_first_process_reaches_all(folder, tmp_path):
+    script = f"""
+import sys, torch
+sys.path[:0] = {sys.path!r}
+from di_refine.errors import InputError
+from di_refine.metrics.parallel import Ranks
+torch.distributed.init_process_group(
+    "gloo", init_method="file://{tmp_path}/rendezvous", rank=int(sys.argv[1]), world_size=2
+)
+def fail():
+    raise InputError("nothing fits")
+try:
+    Ranks(distributed=True).on_first(fail)
+except InputError as error:
+    print(error)
+"""
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script, str(rank)], stdout=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    assert [process.communicate(timeout=120)[0].strip() for process in processes] == ["nothing fits"] * 2
+
+
+def test_rank_deficiency_is_said(folder, evaluator):
+    assert evaluator.warnings == []
+    identity = Identity("wide", "0" * 16, 16, "internal", 2048, None)
+
+    class Wide(torch.nn.Module):
+        def forward(self, images):
+            return images.float().flatten(1).repeat(1, 8)
+
+    wide = FeatureNet(Wide(), identity, 1)
+    np.savez(folder / "many.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    (warning,) = Evaluator("fd1k_full@wide,fd3k_full@wide", folder / "many.npz", wide).warnings
+    assert "fd1k_full@wide: 1000 images leave the covariance of 2048 features rank-deficient" in warning
+    warnings = Evaluator("fd3k_full@wide", ImageDataset(folder / "data"), wide, cache=False).warnings
+    assert len(warnings) == 1 and "the reference has 60 images for 2048 features" in warnings[0]
 
 
 def test_jsonl(evaluator, tmp_path):
@@ -179,6 +227,16 @@ def test_names():
     assert (spec.kind, spec.num_images, spec.detector) == ("fid", 50_000, None)
     assert parse_metric("pr50k3_full").result_keys == ("pr50k3_full_precision", "pr50k3_full_recall")
     assert parse_metric("is50k").result_keys == ("is50k_mean", "is50k_std")
+    spec = parse_metric("dc5k3_full")
+    assert (spec.kind, spec.detector) == ("dc", None)
+    for name, count, detector in [
+        ("ppl2_wend", 50_000, None),
+        ("ppl5k_wend", 5000, None),
+        ("ppl2_wend@a", 50_000, "a"),
+    ]:
+        spec = parse_metric(name)
+        assert (spec.name, spec.kind, spec.num_images, spec.detector) == (name, "ppl", count, detector)
+        assert spec.result_keys == (name,) and not spec.higher_is_better
     spec = parse_metric("kd5k_full@my-net_2.0")
     assert (spec.kind, spec.num_images, spec.detector) == ("kd", 5000, "my-net_2.0")
     assert [spec.name for spec in parse_metrics("is2k, fid2k_full,is2k,")] == ["is2k", "fid2k_full"]
@@ -192,6 +250,7 @@ def test_names():
         ("fid2000_full", "unknown metric"),
         ("pr50k_full", "unknown metric"),
         ("ppl50k_full", "unknown metric"),
+        ("ppl2_zend", "unknown metric"),
         ("fd2k_full@", "unknown metric"),
         ("fd2k_full@a/b", "unknown metric"),
         ("fid0k_full", "asks for no images"),
@@ -243,6 +302,22 @@ def test_detectors_are_checked(folder, tmp_path):
     identity = Identity("plain", "0" * 16, 16, "internal", 8, None)
     plain = FeatureNet(torch.nn.Flatten(), identity, 1)
     refused("needs class probabilities", "is1k@plain", detector=plain)
+
+
+def test_offline_is_said_at_once(folder, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens there
+    refused("--detector.*pt_inception", "fid5k_full", folder / "moments.npz")
+
+
+def test_references_are_made_after_the_checks(folder, monkeypatch):
+    """A mistake in what is to be measured must not come to light after 50,000 reference images."""
+    evaluator = Evaluator("fd2k_full@toy", folder / "data", folder / "toy.safetensors")
+    monkeypatch.setattr(Evaluator, "reference_statistics", None)
+    sampler = Sampler()
+    for sampler.resolution in (32, 16):
+        with pytest.raises((InputError, TypeError)) as caught:
+            evaluator(sampler)
+        assert ("resolution 16, these have 32" in str(caught.value)) == (sampler.resolution == 32)
 
 
 def test_samplers_are_checked(folder, evaluator):

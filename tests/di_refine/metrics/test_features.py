@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from di_refine import metrics
@@ -165,6 +166,19 @@ def test_other_sizes_are_resized(small_file):
     torch.testing.assert_close(detector(flat)[0], detector(flat[:, :, :16, :16])[0])
 
 
+def test_a_name_is_not_enough_to_be_inception(tmp_path):
+    net = SmallConvNet(resolution=16, channels=1, classes=4, width=4, feature_dim=8)
+    save_small(net, tmp_path / "toy.safetensors", features.INCEPTION)
+    assert not load_detector(tmp_path / "toy.safetensors").identity.is_inception
+
+
+def test_images_need_not_be_rounded(small_file):
+    detector = load_detector(small_file)
+    images = torch.randint(0, 256, [2, 1, 16, 16], dtype=torch.uint8)
+    torch.testing.assert_close(detector.embed(images.float()), detector(images)[0])
+    assert not torch.equal(detector.embed(images + 0.25), detector(images)[0])
+
+
 def test_images_are_checked(small_file):
     detector = load_detector(small_file)
     with pytest.raises(InputError, match="toy takes images with 1 channel"):
@@ -198,6 +212,10 @@ def test_inception_is_known_by_its_content(tmp_path, monkeypatch):
     assert detector.identity.name == "weights" and not detector.identity.is_inception
     values, probs = detector(torch.zeros([1, 1, 20, 20], dtype=torch.uint8))
     assert values.shape == (1, 2048) and probs.shape == (1, 1008) and probs.sum() == pytest.approx(1, abs=1e-5)
+    state = {name: value.contiguous() for name, value in InceptionV3().state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "inception-2015-12-05.safetensors")
+    other = load_detector(tmp_path / "inception-2015-12-05.safetensors")
+    assert other.identity.name == "inception-2015-12-05-other" and other.identity.num_classes == 1008
     monkeypatch.setattr(features, "INCEPTION_FILES", {hashlib.sha256(path.read_bytes()).hexdigest()})
     assert load_detector(path).identity.is_inception
 

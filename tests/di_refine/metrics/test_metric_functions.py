@@ -158,8 +158,7 @@ def test_precision_recall_golden(features, expected, k):
 
 
 def test_manifold_golden(features, expected, monkeypatch):
-    monkeypatch.setattr(distances, "_TILE_ROWS", 70)
-    monkeypatch.setattr(distances, "_TILE_COLUMNS", 90)
+    monkeypatch.setattr(distances, "_TILE", 70)
     real, gen = features
     gen_inside, real_inside, _, _ = distances._hits(real, gen, 3, "cpu")
     np.testing.assert_array_equal(gen_inside, expected["precision_k3_hits"])

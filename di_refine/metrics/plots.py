@@ -1,0 +1,118 @@
+"""Metrics over the course of a run, from what its directory records. Needs matplotlib, in the extra `plots`."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from di_refine.errors import InputError
+from torch_utils.misc import open_atomic
+
+Points = dict[float, list[float]]  # kimg -> values, several where a snapshot was measured with several seeds
+
+
+def check_matplotlib() -> None:
+    """Raise InputError, before any work, when there is no matplotlib."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError("--plot needs matplotlib; install it, or the extra di-refine[plots]") from None
+
+
+def curves(run_dir: Path, metrics: Iterable[str] = ()) -> dict[str, Points]:
+    """What was measured in a run, by key of the metric files (`fid5k_full`, `pr5k3_full_precision`).
+
+    Training writes its measurements into `stats.jsonl`; `metric-<name>.jsonl` adds what was measured afterwards on
+    snapshots, whose number of images is in their name.
+
+    Args:
+        run_dir: the run directory.
+        metrics: names to keep; none keeps all.
+
+    Raises:
+        InputError: the folder records no measurement of these, or a line in it cannot be read.
+    """
+    found: dict[str, Points] = {}
+    named = set(metrics)
+    for path in sorted(run_dir.glob("metric-*.jsonl")):
+        for record in _lines(path):
+            if named and record.get("metric") not in named:
+                continue
+            kimg = re.search(r"network-snapshot-(\d+)\.pkl$", record.get("snapshot_pkl") or "")
+            for key, value in record["results"].items():
+                points = found.setdefault(key, {})
+                if kimg:
+                    points.setdefault(float(kimg[1]), []).append(value)
+    for record in _lines(run_dir / "stats.jsonl"):
+        for key in found.keys() & record.keys():
+            # The same measurement may stand in both files, there under a rounded number.
+            if float(int(record["kimg"])) not in found[key]:
+                found[key][record["kimg"]] = [record[key]]
+    found = {key: dict(sorted(points.items())) for key, points in found.items() if points}
+    if not found:
+        wanted = f" of {', '.join(sorted(named))}" if named else ""
+        raise InputError(f"--plot: {run_dir} records no measurements{wanted} in its metric-<name>.jsonl")
+    return found
+
+
+def plot_runs(path: str | os.PathLike, runs: Sequence[Path], metrics: Iterable[str] = ()) -> dict[str, dict]:
+    """Draw every metric of the runs against kimg, a panel each, and write the picture atomically.
+
+    Args:
+        path: the file; its extension says the format (.png, .pdf, .svg).
+        runs: run directories, one line each. Bars span the smallest to the largest seed.
+        metrics: names to keep; none keeps all.
+
+    Returns:
+        What was drawn: {run: {key: [[kimg, mean], ...]}}.
+
+    Raises:
+        InputError: as `curves`, or an unknown extension.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    metrics = list(metrics)
+    kind = Path(path).suffix.lstrip(".").lower() or "png"
+    if kind not in FigureCanvasAgg.get_supported_filetypes():
+        raise InputError(f"--plot={path}: unknown picture format .{kind}; use .png, .pdf or .svg")
+    measured = {str(run): curves(run, metrics) for run in runs}
+    keys = list(dict.fromkeys(key for found in measured.values() for key in found))
+    figure = Figure(figsize=(6, 3.2 * len(keys)), layout="constrained")
+    drawn: dict[str, dict] = {run: {} for run in measured}
+    for panel, key in zip(figure.subplots(len(keys), 1, squeeze=False)[:, 0], keys):
+        for run, found in measured.items():
+            if key not in found:
+                continue
+            kimg, values = list(found[key]), list(found[key].values())
+            means = [sum(group) / len(group) for group in values]
+            spread = [
+                [mean - min(group) for mean, group in zip(means, values)],
+                [max(group) - mean for mean, group in zip(means, values)],
+            ]
+            panel.errorbar(kimg, means, yerr=spread, marker=".", capsize=2, label=Path(run).name)
+            drawn[run][key] = [[x, y] for x, y in zip(kimg, means)]
+        panel.set_xlabel("kimg")
+        panel.set_ylabel(key)
+        panel.grid(alpha=0.3)
+        panel.legend()
+    with open_atomic(path) as file:
+        figure.savefig(file, format=kind, dpi=150)
+    return drawn
+
+
+def _lines(path: Path) -> Iterable[dict]:
+    """The JSON objects of a file, line by line; nothing when there is no such file."""
+    if not path.is_file():
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise InputError(f"--plot: {path} line {number} is not a JSON object")
+        yield record
