@@ -47,6 +47,9 @@ OBJECTIVES = [name for name in objectives.NAMES if name != "sds" and not objecti
 @click.option(
     "--metrics", metavar="LIST|none", help="Measured at each snapshot.  [default: from the registry, else none]"
 )
+@click.option(
+    "--final-metrics", metavar="LIST", help="Measured at the end instead.  [default: from the registry, else --metrics]"
+)
 @click.option("--detector", metavar="FILE", help="Feature network of metrics that are not in the registry.")
 @click.option("--ref", metavar="FILE.npz|DATA", help="What the metrics compare with.  [default: from the registry]")
 @click.option("--teacher-steps", type=cli.POSITIVE_INT, default=18, help="Sampling steps when the teacher is measured.")

@@ -46,6 +46,7 @@ class RefineOptions:
     precision: str = "fp32"
     class_freq: str | None = None
     metrics: str | None = None
+    final_metrics: str | None = None
     detector: str | None = None
     ref: str | None = None
     teacher_steps: int = 18
@@ -97,7 +98,8 @@ class Refinement:
         self.teacher_path = teacher_path
         check_pair(self.original, self.teacher)
         self.class_probs = self._class_probs()
-        self.evaluator = self._evaluator()
+        self.evaluator = self._evaluator("metrics")
+        self.final_evaluator = self._evaluator("final_metrics") or self.evaluator
         if o.dropout == "matched" and not _has_dropout(self.teacher):
             raise InputError(
                 f"--dropout=matched has no effect: the teacher {teacher_path.name} was built without dropout"
@@ -112,6 +114,7 @@ class Refinement:
             "network_file": str(self.network_path),
             "teacher_file": str(self.teacher_path),
             "metrics": [spec.name for spec in self.evaluator.specs] if self.evaluator else [],
+            "final_metrics": [spec.name for spec in self.final_evaluator.specs] if self.final_evaluator else [],
             "resolution": net.img_resolution,
             "channels": net.img_channels,
             "classes": net.c_dim,
@@ -130,11 +133,13 @@ class Refinement:
             desc = o.desc or f"{self.network_path.stem}-{o.objective}-batch{o.batch}"
             directory, state = RunDirectory.create(o.outdir, desc, self.record()), None
         directory.log(f"run directory: {directory.path}")
+        for warning in self.evaluator.warnings if self.evaluator else ():
+            directory.log(f"warning: {warning}")
 
         def evaluate():
             # The untouched generator and every later average see the same latents, labels and noise.
             name = f"network-snapshot-{trainer.nimg // 1000:06d}.pkl" if trainer.nimg else None
-            return self._measure(trainer.ema.net, directory, name)
+            return self._measure(self.evaluator, trainer.ema.net, directory, name)
 
         loop = Loop(
             directory,
@@ -152,13 +157,10 @@ class Refinement:
             loop.resume(state)
         loop()
 
-        teacher = {}
-        if self.evaluator:
-            directory.log("measuring the teacher")
-            teacher = self._measure(self.teacher, directory, None)
-        self._before_after(directory.path / "before_after.png", loop, trainer.ema.net)
+        rows = self._final_rows(loop, trainer.ema.net, directory) if self.final_evaluator else {}
+        self._before_after(directory.path / "before_after.png", rows, trainer.ema.net)
         directory.close()
-        return self._report(loop, teacher, directory)
+        return self._report(loop, rows, directory)
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -192,15 +194,17 @@ class Refinement:
             )
         return freq / freq.sum()
 
-    def _evaluator(self) -> Evaluator | None:
+    def _evaluator(self, option: str) -> Evaluator | None:
+        """The metrics of `--metrics` or `--final-metrics`, or those the registry recommends for the network."""
         o = self.options
-        names = [] if o.metrics in (None, "none", "") else o.metrics.split(",")
-        if o.metrics is None:
-            names = zoo.entry_for_path(self.network_path)["metrics"] if _has_metrics(self.network_path) else []
+        given = getattr(o, option)
+        names = [] if given in (None, "none", "") else given.split(",")
+        if given is None and o.metrics != "none":
+            names = (zoo.entry_for_path(self.network_path) or {}).get(option, [])
         if not names:
             return None
         reference = o.ref or zoo.companion(self.network_path, "statistics")
-        return Evaluator(names, reference=reference, detector=o.detector, device=self.device)
+        return Evaluator(names, reference, o.detector, self.device, workers=o.workers)
 
     def _trainer(self) -> Trainer:
         o = self.options
@@ -229,8 +233,27 @@ class Refinement:
     def _sampler(self, net: torch.nn.Module) -> NetworkSampler:
         return NetworkSampler(net, self.device, num_steps=self.options.teacher_steps, class_probs=self.class_probs)
 
-    def _measure(self, net: torch.nn.Module, directory: RunDirectory, snapshot: str | None) -> dict[str, float]:
-        return measure(self.evaluator, self._sampler(net), self.options.seed, directory, snapshot)
+    def _measure(
+        self, evaluator: Evaluator, net: torch.nn.Module, directory: RunDirectory, snapshot: str | None
+    ) -> dict[str, float]:
+        return measure(evaluator, self._sampler(net), self.options.seed, directory, snapshot)
+
+    def _final_rows(self, loop: Loop, net: torch.nn.Module, directory: RunDirectory) -> dict[str, dict[str, float]]:
+        """What the table says: final metrics of the original, the last, the best and the teacher."""
+        snapshots = {"original": loop.first, "refined (last)": loop.last, "refined (best)": loop.best}
+        if self.final_evaluator is self.evaluator:
+            rows = {row: snapshot.results for row, snapshot in snapshots.items()}
+        else:
+            nets = {loop.first.path: self.original, loop.last.path: net}
+            by_path: dict[Path | None, dict[str, float]] = {}
+            for path in (snapshot.path for snapshot in snapshots.values()):
+                if path not in by_path:
+                    which = nets[path] if path in nets else load_networks(path)[1]["G_ema"]
+                    by_path[path] = self._measure(self.final_evaluator, which, directory, path and path.name)
+            rows = {row: by_path[snapshot.path] for row, snapshot in snapshots.items()}
+        directory.log("measuring the teacher")
+        rows["teacher"] = self._measure(self.final_evaluator, self.teacher, directory, None)
+        return rows
 
     def _class_grid(self, net: torch.nn.Module, rows: int = 8) -> torch.Tensor:
         """Ten columns of samples from fixed latents; the columns are classes where there are any."""
@@ -249,14 +272,14 @@ class Refinement:
     def _scale(self) -> int:
         return max(1, 32 // self.original.img_resolution)
 
-    def _before_after(self, path: Path, loop: Loop, net: torch.nn.Module) -> None:
+    def _before_after(self, path: Path, rows: dict[str, dict[str, float]], net: torch.nn.Module) -> None:
         panels = []
-        for title, which, snapshot in [("original", self.original, loop.first), ("refined", net, loop.last)]:
-            values = "  ".join(f"{k} {v:.3g}" for k, v in list(snapshot.results.items())[:1])
+        for title, row, which in [("original", "original", self.original), ("refined", "refined (last)", net)]:
+            values = "  ".join(f"{name} {value:.3g}" for name, value in list(rows.get(row, {}).items())[:1])
             panels.append((f"{title}\n{values}" if values else title, self._class_grid(which)))
         images.save_side_by_side(path, panels, columns=10)
 
-    def _report(self, loop: Loop, teacher: dict[str, float], directory: RunDirectory) -> dict[str, Any]:
+    def _report(self, loop: Loop, rows: dict[str, dict[str, float]], directory: RunDirectory) -> dict[str, Any]:
         result: dict[str, Any] = {
             "run_dir": str(directory.path),
             "snapshot": str(loop.last.path),
@@ -264,25 +287,13 @@ class Refinement:
             "images_per_sec": loop.images_per_sec,
             "kimg": loop.trainer.nimg / 1000,
         }
-        if not self.evaluator:
+        if not rows:
             return result
-        names = list(loop.first.results)
-        rows = [
-            ("original", loop.first.results),
-            ("refined (last)", loop.last.results),
-            ("refined (best)", loop.best.results),
-            ("teacher", teacher),
-        ]
-        cli.table([[row, *(results.get(name) for name in names)] for row, results in rows], ["network", *names])
-        first = names[0]
-        values = {
-            "metric": first,
-            "original": loop.first.results[first],
-            "refined": loop.last.results[first],
-            "best": loop.best.results[first],
-            "teacher": teacher[first],
-        }
-        return {**values, **result, "all": dict(rows)}
+        names = list(rows["original"])
+        cli.table([[row, *map(results.get, names)] for row, results in rows.items()], ["network", *names])
+        short = {"original": "original", "refined": "refined (last)", "best": "refined (best)", "teacher": "teacher"}
+        values = {key: rows[row][names[0]] for key, row in short.items()}
+        return {"metric": names[0], **values, **result, "all": rows}
 
 
 def check_pair(generator: torch.nn.Module, teacher: torch.nn.Module) -> None:
@@ -320,8 +331,3 @@ def _load(path: Path, kind: str, option: str) -> dict:
 
 def _has_dropout(net: torch.nn.Module) -> bool:
     return any(getattr(module, "dropout", 0) for module in net.modules())
-
-
-def _has_metrics(path: Path) -> bool:
-    entry = zoo.entry_for_path(path)
-    return bool(entry and entry.get("metrics"))

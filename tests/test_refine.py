@@ -110,6 +110,21 @@ def test_snapshot_is_the_original_file_with_other_weights(measured):
     assert max(difference) > 0, "the average lags behind"
 
 
+def test_final_metrics_are_measured_at_the_end_alone(measured, tmp_path):
+    folder = Path(measured[0]["run_dir"]).parents[1]
+    metrics = {"metrics": "acc1k@toy", "final_metrics": "fd1k_full@toy", "teacher_steps": 1, "kimg": 0.008}
+    changes = {**metrics, "detector": folder / "toy.safetensors", "ref": folder / "data"}
+    result = refine(*options(tmp_path, **changes))
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["metric"] == "fd1k_full@toy"
+    for row in ("original", "refined", "best", "teacher"):
+        assert report[row] == pytest.approx(measured[0][row], rel=1e-5), row
+    run = Path(report["run_dir"])
+    count = {path.name: len(path.read_text().splitlines()) for path in run.glob("metric-*.jsonl")}
+    assert count == {"metric-acc1k@toy.jsonl": 2, "metric-fd1k_full@toy.jsonl": 3}
+
+
 @pytest.mark.parametrize("objective", ["ikl", "sid"])
 def test_resume_is_exact(tmp_path, objective):
     """Twelve and twelve images with a stop between are 24 images in one go, bit for bit."""

@@ -1,0 +1,81 @@
+"""Images per second of one full refinement update: student score and generator.
+
+    python benchmarks/update.py                                                  # the demo's networks
+    python benchmarks/update.py --network=stylegan2-cifar10.pkl --batch=128 --precision=bf16
+
+`--network=cifar10-shape` builds networks of the official CIFAR-10 sizes with random weights, without a download.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from di_refine import cli, zoo  # noqa: E402
+from di_refine.edm.networks import EDMPrecond  # noqa: E402
+from di_refine.generators import StyleGAN2Generator, load_networks  # noqa: E402
+from di_refine.trainer import Trainer, TrainerConfig  # noqa: E402
+from stylegan2_ada.networks import Generator  # noqa: E402
+
+
+def load(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A generator and its teacher."""
+    if name == "cifar10-shape":
+        synthesis = {"channel_base": 32768, "channel_max": 512}
+        generator = Generator(512, 10, 512, 32, 3, mapping_kwargs={"num_layers": 2}, synthesis_kwargs=synthesis)
+        shape = {"img_resolution": 32, "img_channels": 3, "label_dim": 10, "model_type": "SongUNet", "augment_dim": 9}
+        return generator, EDMPrecond(**shape, model_channels=128, channel_mult=[2, 2, 2], dropout=0.13)
+    path = zoo.resolve(name)
+    return load_networks(path)[1]["G_ema"], load_networks(zoo.companion(path, "teacher"))[1]["ema"]
+
+
+@cli.command()
+@click.option("--network", default="stylegan2-digits.pkl", metavar="NAME", help="A registry name, or cifar10-shape.")
+@click.option("--batch", type=cli.POSITIVE_INT, default=64, help="Images per update.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", help="Arithmetic of the networks.")
+@click.option("--objective", default="ikl", help="What pulls the generator.")
+@click.option("--steps", type=cli.POSITIVE_INT, default=20, help="Updates per repetition.")
+@click.option("--repeats", type=cli.POSITIVE_INT, default=5, help="Repetitions.")
+@click.option("--threads", type=cli.POSITIVE_INT, help="CPU threads.  [default: PyTorch's]")
+@cli.device_option
+def main(network, batch, precision, objective, steps, repeats, threads, device):
+    """Time full updates and print their images per second: mean and standard deviation over the repetitions."""
+    if threads:
+        torch.set_num_threads(threads)
+    device = cli.pick_device(device)
+    generator, teacher = load(network)
+    teacher = teacher.to(device, memory_format=torch.channels_last)
+    config = TrainerConfig(batch=batch, precision=precision, objective=objective)
+    trainer = Trainer(StyleGAN2Generator(generator.to(device)), teacher, config)
+
+    def synchronize():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(3):
+        trainer.step()
+    speeds = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            trainer.step()
+        synchronize()
+        speeds.append(steps * batch / (time.perf_counter() - start))
+    name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    )
+    mean, sd = np.mean(speeds), np.std(speeds, ddof=1) if repeats > 1 else 0.0
+    header = ["network", "objective", "precision", "batch", "device", "img/s", "sd"]
+    cli.table([[network, objective, precision, batch, name, mean, sd]], header)
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    cli.print_result({"network": network, "images_per_sec": mean, "sd": sd, "device": name, "gpu_gib": memory})
+
+
+if __name__ == "__main__":
+    main()
