@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 
-.PHONY: setup demo test lint format gpu-check clean
+.PHONY: setup demo test lint format gpu-check fuzz clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,14 @@ format: setup
 # On a CUDA machine, with whatever Python has PyTorch there.
 gpu-check:
 	$(PYTHON) -m pytest -m gpu
+
+# A minute of fuzzing the reader of network pickles. The corpus stays in build/fuzz and grows with every run; what breaks
+# the reader is written there, too. Atheris has wheels for Linux.
+FUZZ_SECONDS ?= 60
+fuzz: setup
+	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris==3.0.0
+	mkdir -p build/fuzz
+	cd build/fuzz && $(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzz/fuzz_persistence.py corpus -max_total_time=$(FUZZ_SECONDS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from di_refine import cli
-from di_refine.errors import InputError
+from di_refine.errors import InputError, RunError
 from di_refine.metrics.evaluate import Evaluator, write_jsonl
 from torch_utils import misc, persistence
 
@@ -288,8 +288,14 @@ class Loop:
             "ticks": self._ticks + 1,
         }
         path = self.run.path / f"training-state-{kimg}.pt"
-        with misc.open_atomic(path) as file:
-            torch.save({"trainer": self.trainer.state_dict(), "loop": loop}, file)
+        try:
+            with misc.open_atomic(path) as file:
+                torch.save({"trainer": self.trainer.state_dict(), "loop": loop}, file)
+        except RuntimeError as error:  # what torch.save makes of a failed write
+            reason = str(error).splitlines()[0]
+            raise RunError(
+                f"{path} could not be written ({reason}); free some space, then continue with --resume={self.run.path}"
+            ) from None
         for entry in self.run.path.iterdir():
             if STATE_PATTERN.search(entry.name) and entry != path:
                 entry.unlink(missing_ok=True)

@@ -3,6 +3,8 @@
 `pretrained/registry.json` maps a name to a record: `file` (shipped in `pretrained/`) or `url` (downloaded once into the
 cache folder), `kind`, `resolution`, `channels`, `classes`, what goes with it (`teacher`, `detector`, `statistics`,
 each a name in the registry), `licence`, `note` and, where it is known, `sha256` (or its first digits).
+
+`python -m di_refine.zoo list|fetch|verify` is the command line.
 """
 
 import difflib
@@ -13,17 +15,14 @@ import os
 import re
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from di_refine import cli
-from di_refine.errors import InputError
-from torch_utils.misc import open_atomic
+import click
 
-if TYPE_CHECKING:
-    import requests
-
-TIMEOUT = 30  # seconds without a byte from the server
+from di_refine import cli, download
+from di_refine.download import sha256_of
+from di_refine.errors import InputError, RunError
 
 KINDS = ("stylegan2", "edm", "features", "statistics", "dataset", "inception")
 
@@ -156,80 +155,101 @@ def _nearest(name: str) -> str:
     return f"the nearest names are {', '.join(near)}" if near else f"known names are {', '.join(known)}"
 
 
-class _Download:
-    """One download: the file and the progress bar that pooch expects, in one object that counts and hashes."""
-
-    def __init__(self, file: IO[bytes], desc: str):
-        self._file, self._desc = file, desc
-        self._hash, self._bar = hashlib.sha256(), None
-        self.total = self.received = 0  # bytes; pooch sets `total` to the announced length, 0 where there is none
-
-    def write(self, block: bytes) -> None:
-        self._file.write(block)
-        self._hash.update(block)
-        self.received += len(block)
-        if self._bar is None:
-            self._bar = cli.progress(self.total or None, self._desc, "B").__enter__()
-        self._bar.update(len(block))
-
-    def flush(self) -> None:
-        """pooch flushes after every block; the caller flushes once."""
-
-    def update(self, count: int) -> None:
-        """pooch counts whole blocks, even the last one; `write` knows better."""
-
-    def reset(self) -> None:
-        """pooch starts the bar over to fill it at the end, which `write` has done."""
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-            self._bar = None
-
-    def fault(self, sha256: str | None) -> str | None:
-        """What is wrong with the finished download: bytes are missing, or its hash does not begin with `sha256`."""
-        if self.received < self.total:
-            return f"the connection ended after {self.received} of {self.total} bytes"
-        if sha256 and not self._hash.hexdigest().startswith(sha256):
-            return f"its SHA-256 is {self._hash.hexdigest()} instead of {sha256}..."
-        return None
-
-
 def _fetch(url: str, path: Path, sha256: str | None, option: str, offline: bool) -> Path:
-    """Download a file unless it is there; nothing incomplete or wrong ever gets its name."""
-    if path.is_file():
-        return path
+    """Download a file unless it is there, and check it in either case."""
     by_hand = f"download {url} by other means and save it as {path}"
-    if offline:
+    if path.is_file():
+        problem = download.fault(path, url, sha256)
+        if problem:
+            raise InputError(f"{option}: {path} is not what it was or should be: {problem}; delete it, or {by_hand}")
+        return path
+    if offline or download.offline():
         raise InputError(f"{option}: {path.name} is not in the cache and downloading is off; {by_hand}")
-
-    import pooch  # these two are slow to import, and only needed here
-    import requests
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open_atomic(path) as file:
-        download = _Download(file, path.name)
-        try:
-            pooch.HTTPDownloader(progressbar=download, chunk_size=1 << 16, timeout=TIMEOUT)(url, download, None)
-            reason = download.fault(sha256)
-        except requests.RequestException as error:
-            reason = _reason(error)
-        finally:
-            download.close()
-        if reason:
-            raise InputError(f"{option}: cannot download {url} ({reason}); {by_hand}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        download.fetch(url, path, sha256)
+    except download.DownloadError as error:
+        raise InputError(f"{option}: cannot download {url} ({error}); {by_hand}") from error
     return path
 
 
-def _reason(error: "requests.RequestException") -> str:
-    import requests
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line.
 
-    if isinstance(error, requests.HTTPError):
-        return f"the server answers {error.response.status_code} {error.response.reason}"
-    if isinstance(error, requests.Timeout):
-        return f"no answer within {TIMEOUT} seconds"
-    if isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return "the connection ended early"
-    if isinstance(error, requests.ConnectionError):
-        return "the server cannot be reached"
-    return str(error)
+
+def state(name: str) -> str:
+    """Where the file of a name is: 'shipped', 'cached', 'partial' (an unfinished download) or 'missing'."""
+    record = registry()[name]
+    if "file" in record:
+        return "shipped" if (pretrained_folder() / record["file"]).is_file() else "missing"
+    path = cache_folder() / name
+    if path.is_file():
+        return "cached"
+    return "partial" if path in (path.parent / part.name for part in download.waiting(path.parent)) else "missing"
+
+
+@cli.group()
+def main():
+    """Public networks, data and statistics: what there is, getting it, checking it.
+
+    Downloads go to $DI_REFINE_CACHE, else ~/.cache/di-refine. DI_REFINE_OFFLINE=1 forbids them for every command.
+    """
+
+
+@main.command("list")
+@click.option("--kind", type=click.Choice(KINDS), help="Only these.")
+def list_(kind):
+    """Say what names there are, and which of their files are on this machine."""
+    names = [name for name, record in registry().items() if kind in (None, record["kind"])]
+    columns = ("kind", "resolution", "classes", "state", "licence")
+    entries = {name: {**entry(name), "state": state(name)} for name in names}
+    cli.table([[name, *map(record.get, columns)] for name, record in entries.items()], ["name", *columns])
+    cli.print_result({"cache": str(cache_folder()), "entries": entries})
+
+
+@main.command()
+@click.argument("names", nargs=-1, required=True, metavar="NAME|URL...")
+@click.option("--companions/--no-companions", default=False, help="Also its teacher, detector and statistics.")
+@click.option("--offline/--no-offline", default=False, help="Never touch the network.")
+def fetch(names, companions, offline):
+    """Download files, or find them where they are; each is checked."""
+    files = {name: resolve(name, option=name, offline=offline) for name in names}
+    for role in ("teacher", "detector", "statistics") if companions else ():
+        for path in list(files.values()):
+            other = companion(path, role, offline=offline)
+            if other is not None:
+                files.setdefault(other.name, other)
+    for name, path in files.items():
+        click.echo(f"{name}: {path}")
+    cli.print_result({"files": files, "sha256": {name: sha256_of(path) for name, path in files.items()}})
+
+
+@main.command()
+@click.argument("names", nargs=-1, metavar="[NAME...]")
+def verify(names):
+    """Check the files that are here, or those named, against their checksums; status 1 if one is wrong or missing."""
+    wanted = [entry(name)["name"] for name in names] or [
+        name for name in registry() if state(name) in ("shipped", "cached")
+    ]
+    verdicts = {}
+    for name in wanted:
+        record, where = registry()[name], state(name)
+        path = pretrained_folder() / record["file"] if "file" in record else cache_folder() / name
+        if where in ("missing", "partial"):
+            verdicts[name] = where
+        elif where == "cached":
+            known = bool(record.get("sha256") or download.remembered(path))
+            problem = download.fault(path, record["url"], record.get("sha256"), thorough=True)
+            verdicts[name] = problem or ("ok" if known else "recorded")
+        else:
+            digest, expected = sha256_of(path), record.get("sha256", "")
+            verdicts[name] = "ok" if digest.startswith(expected) else f"its SHA-256 is {digest} instead of {expected}"
+    cli.table([[name, verdict] for name, verdict in verdicts.items()], ["name", "verdict"])
+    cli.print_result({"cache": str(cache_folder()), "verdicts": verdicts})
+    bad = [name for name, verdict in verdicts.items() if verdict not in ("ok", "recorded")]
+    if bad:
+        raise RunError(f"not as they should be: {', '.join(bad)}")
+
+
+if __name__ == "__main__":
+    main()

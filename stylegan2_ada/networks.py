@@ -391,7 +391,7 @@ class SynthesisBlock(torch.nn.Module):
         layer = {"noise_mode": noise_mode, "fused_modconv": fused_modconv}
 
         if self.in_channels == 0:
-            x = self.const.to(dtype=dtype).expand(len(ws), -1, -1, -1).contiguous(memory_format=memory_format)
+            x = self.const.to(dtype=dtype).expand(ws.shape[0], -1, -1, -1).contiguous(memory_format=memory_format)
             x = self.conv1(x, next(w_iter), **layer)
         else:
             misc.assert_shape(x, [None, self.in_channels, self.resolution // 2, self.resolution // 2])

@@ -1,7 +1,10 @@
 """The refine command on real (tiny) networks: what it writes, that it resumes exactly, and how it refuses bad input."""
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -217,6 +220,20 @@ def test_bad_input_is_one_sentence(tmp_path, changes, words):
     assert result.stdout == "" and len(result.stderr.strip().splitlines()) == 1
     assert all(word in result.stderr for word in words), result.stderr
     assert not outdir.exists()
+
+
+def test_full_disk_ends_with_a_sentence_and_leaves_nothing_half_written(tmp_path):
+    """Under a limit on file sizes the snapshot fits and the training state does not."""
+    command = ["refine.py", "--device=cpu", *options(tmp_path, kimg=0.012, metrics="none")]
+    script = f"ulimit -f 3000; exec {shlex.join([sys.executable, *command])}"
+    root = Path(__file__).resolve().parents[1]
+    result = subprocess.run(["bash", "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    assert "training-state-000000.pt could not be written" in result.stderr.splitlines()[-1]
+    (run,) = tmp_path.iterdir()
+    assert not [path for path in run.iterdir() if path.name.startswith(".")]
+    assert persistence.load(run / "network-snapshot-000000.pkl")["G_ema"].img_resolution == 32
 
 
 def test_unwritable_outdir(tmp_path):

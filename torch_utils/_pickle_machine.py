@@ -77,7 +77,7 @@ class Machine:
         build: Callable[[Any, Any], None] | None = None,
         position: int = 0,
         allow_persistent_id: bool = False,
-        max_operations: int = 2_000_000,
+        max_operations: int = 1_000_000,
     ):
         self.data = data
         self.globals = globals_
@@ -257,6 +257,7 @@ _OPS: dict[bytes, Callable[[Machine], Any]] = {
     pickle.SHORT_BINBYTES: _push(lambda m: m.take(m.uint(1))),
     pickle.BINBYTES: _push(lambda m: m.take(m.uint(4))),
     pickle.BINBYTES8: _push(lambda m: m.take(m.uint(8))),
+    pickle.BYTEARRAY8: _push(lambda m: m.take(m.uint(8))),
     pickle.EMPTY_LIST: _push(lambda m: []),
     pickle.EMPTY_TUPLE: _push(lambda m: ()),
     pickle.EMPTY_DICT: _push(lambda m: {}),

@@ -4,6 +4,7 @@ Nothing here imports or calls what a file names. A global is looked up in `_GLOB
 """
 
 import math
+import pickle
 import struct
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -86,16 +87,24 @@ def read(data: bytes) -> Any:
     Raises:
         NetworkFormatError: with the reason, but without the name of the file.
     """
-    if not data:
-        raise NetworkFormatError("the file is empty")
-    for magic, meaning in _NOT_PICKLES:
-        if data.startswith(magic):
-            raise NetworkFormatError(f"not a pickle but {meaning}")
+    check_outline(data[:64], data[-1:])
     machine = Machine(memoryview(data), _GLOBALS, _build)
     content = machine.run()
     if machine.position != len(data):
         raise NetworkFormatError(f"{len(data) - machine.position} bytes of unknown data follow the pickle")
     return content
+
+
+def check_outline(head: bytes, tail: bytes) -> None:
+    """Raise NetworkFormatError where the first bytes or the last show that a file is no pickle, or not a whole one."""
+    if not head:
+        raise NetworkFormatError("the file is empty")
+    for magic, meaning in _NOT_PICKLES:
+        if head.startswith(magic):
+            raise NetworkFormatError(f"not a pickle but {meaning}")
+    need(head[:1] == pickle.PROTO, "it does not begin like a pickle")
+    if tail != pickle.STOP:
+        raise NetworkFormatError("the file is truncated, or something follows the pickle")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,6 +229,14 @@ def _build_array(array: Array, version: Any, shape: Any, dtype: Any, fortran: An
         data.release()  # as above
 
 
+def _array_from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> Array:
+    """An array as protocol 5 has it."""
+    need(type(order) is str and order in ("C", "F"), "a NumPy array's order")
+    array = Array()
+    _build_array(array, 1, shape, dtype, order == "F", data)
+    return array
+
+
 def _build(target: Any, state: Any) -> None:
     """BUILD: only what is under construction, and only once."""
     if isinstance(target, _Dtype):
@@ -255,10 +272,12 @@ _GLOBALS: dict[tuple[str, str], Global] = {
     ("torch.storage", "_load_from_bytes"): Global("storage", call=_storage, arity=(1, 1)),
     ("collections", "OrderedDict"): Global("OrderedDict", call=OrderedDict),
     ("builtins", "set"): Global("set", call=_set, arity=(0, 1)),
+    ("__builtin__", "set"): Global("set", call=_set, arity=(0, 1)),  # Python 2, or protocol 2
     ("numpy", "dtype"): Global("numpy.dtype", call=_dtype, arity=(1, 3)),
     ("numpy", "ndarray"): Global("numpy.ndarray"),
-    ("numpy.core.multiarray", "scalar"): Global("numpy scalar", call=_scalar, arity=(2, 2)),
-    ("numpy._core.multiarray", "scalar"): Global("numpy scalar", call=_scalar, arity=(2, 2)),
-    ("numpy.core.multiarray", "_reconstruct"): Global("numpy array", call=_array, arity=(3, 3)),
 }
+for _numpy in ("numpy.core", "numpy._core"):  # before NumPy 2, and since
+    _GLOBALS[_numpy + ".multiarray", "scalar"] = Global("numpy scalar", call=_scalar, arity=(2, 2))
+    _GLOBALS[_numpy + ".multiarray", "_reconstruct"] = Global("numpy array", call=_array, arity=(3, 3))
+    _GLOBALS[_numpy + ".numeric", "_frombuffer"] = Global("numpy array", call=_array_from_buffer, arity=(4, 4))
 _STORAGE_GLOBALS = {("torch", name): Global(name, value=dtype) for name, dtype in STORAGE_DTYPES.items()}

@@ -21,7 +21,7 @@ def write(content: dict[str, Any], file: IO[bytes], reconstruct: Callable) -> No
     _Pickler(file, reconstruct).dump(content)
 
 
-def plain(value: Any, memo: dict[int, Any] | None = None) -> Any:
+def plain(value: Any, memo: dict[Any, Any] | None = None) -> Any:
     """A copy of `value` made of nothing but Python's own data types, CPU tensors and records; sharing is kept.
 
     NumPy scalars become Python numbers and dictionaries of other kinds plain ones (except ordered ones). Records of
@@ -31,7 +31,9 @@ def plain(value: Any, memo: dict[int, Any] | None = None) -> Any:
         TypeError: with the type, when there is anything else in it.
     """
     memo = {} if memo is None else memo
-    if value is None or type(value) in (bool, int, float, str, bytes):
+    if type(value) is str:
+        return memo.setdefault(value, value)  # one object each, so that a pickle does not depend on where they are from
+    if value is None or type(value) in (bool, int, float, bytes):
         return value
     if id(value) in memo:
         return memo[id(value)][1]
@@ -44,7 +46,8 @@ def plain(value: Any, memo: dict[int, Any] | None = None) -> Any:
     elif isinstance(value, torch.Tensor):
         copy = cpu_tensor(value)
     elif isinstance(value, Record):
-        copy = dataclasses.replace(value, state=plain(value.state, memo))
+        name, text = plain(value.class_name, memo), plain(value.module_src, memo)
+        copy = dataclasses.replace(value, class_name=name, module_src=text, state=plain(value.state, memo))
         copy = _module_dict(copy) if value.module_src is None else copy
     elif isinstance(value, dict):
         kind = OrderedDict if isinstance(value, OrderedDict) else dict

@@ -5,12 +5,13 @@ its instance dictionary and the source text of the module that defines it. The o
 is only kept, to be written back, and the class registered under the name is used instead.
 """
 
+import contextlib
 import copy
 import functools
 import importlib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -27,11 +28,14 @@ __all__ = [
     "Record",
     "TENSORFLOW_NETWORK",
     "blueprint",
+    "from_records",
     "load",
+    "load_records",
     "persistent_class",
     "printable",
     "register_translator",
     "save",
+    "to_records",
 ]
 
 Class = TypeVar("Class", bound=type)
@@ -46,6 +50,7 @@ _PROVIDERS = (
 )
 _NETWORK_KEYS = {"G", "D", "G_ema", "ema", "net", "Sg"}
 _TENSORFLOW_KEYS = ("G", "D", "G_ema")
+_MAX_FILE = 2**33  # bytes; the largest published network of these families has 1.2 GB
 
 _classes: dict[str, list[type]] = {}
 _module_texts: dict[type, str | None] = {}
@@ -118,13 +123,48 @@ def load(source: str | os.PathLike | bytes | IO[bytes]) -> dict[str, Any]:
     Raises:
         NetworkFormatError: names the file and says why it is not usable.
     """
-    _import_providers()
     name, data = _read_source(source)
+    with _explained(name):
+        return _rebuild_all(_named(_pickle_reader.read(data)))
+
+
+def load_records(source: str | os.PathLike | bytes | IO[bytes]) -> dict[str, Any]:
+    """What stands in a network pickle, read just as safely as by `load`, before any network is built from it.
+
+    Returns:
+        The dictionary in the file: `Record` for every persistent object, known here or not, with tensors in its state;
+        plain data otherwise.
+
+    Raises:
+        NetworkFormatError: names the file and says why it is not a network pickle.
+    """
+    name, data = _read_source(source)
+    with _explained(name):
+        return _named(_pickle_reader.read(data))
+
+
+def from_records(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """What `load` returns for a file with this content, for files of other formats.
+
+    Args:
+        content: as `load_records` or `to_records` returns it; taken over, not copied.
+        name: of the file, for messages.
+
+    Raises:
+        NetworkFormatError: names the file and says why it is not usable.
+    """
+    with _explained(name):
+        return _rebuild_all(_named(content))
+
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Give every failure the name of the file; a hostile one can make anything fail, recursion and memory included."""
     try:
-        return _rebuild_all(_pickle_reader.read(data))
+        yield
     except NetworkFormatError as error:
         raise NetworkFormatError(f"{name}: {error}") from None
-    except Exception as error:  # a hostile file can make anything fail, recursion and memory included
+    except Exception as error:
         raise NetworkFormatError(f"{name}: damaged ({type(error).__name__}: {printable(error)})") from error
 
 
@@ -152,12 +192,27 @@ def _read_source(source: Any) -> tuple[str, bytes]:
             raise NetworkFormatError(f"{name}: no such file")
         if not os.path.isfile(name):  # opening a pipe would wait for a writer
             raise NetworkFormatError(f"{name}: not a regular file")
-        return name, Path(name).read_bytes()
+        with open(name, "rb") as file:
+            with _explained(name):
+                _check_outline(file)
+            return name, file.read()
     except OSError as error:
         raise NetworkFormatError(f"{name}: {error.strerror}") from error
 
 
-def _rebuild_all(content: Any) -> dict[str, Any]:
+def _check_outline(file: IO[bytes]) -> None:
+    """Refuse what its first and last bytes give away, before gigabytes (or the holes of a sparse file) are read."""
+    size = os.fstat(file.fileno()).st_size
+    head = file.read(64)
+    file.seek(max(size - 1, 0))
+    _pickle_reader.check_outline(head, file.read(1))
+    file.seek(0)
+    if size > _MAX_FILE:
+        raise NetworkFormatError(f"{size / 1e9:.0f} GB, far more than any network of a supported kind has")
+
+
+def _named(content: Any) -> dict[str, Any]:
+    """`content` if it is a dictionary with names for keys, which a TensorFlow-era tuple gets here."""
     if (
         isinstance(content, tuple)
         and [getattr(item, "class_name", None) for item in content] == [TENSORFLOW_NETWORK] * 3
@@ -165,6 +220,11 @@ def _rebuild_all(content: Any) -> dict[str, Any]:
         content = dict(zip(_TENSORFLOW_KEYS, content))
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise NetworkFormatError(f"holds a {type(content).__name__} instead of a dictionary of networks")
+    return content
+
+
+def _rebuild_all(content: dict[str, Any]) -> dict[str, Any]:
+    _import_providers()
     rebuilt: dict[int, Any] = {}
     result = {}
     for key, value in content.items():
@@ -227,27 +287,50 @@ def save(networks: dict[str, Any], path: str | os.PathLike) -> None:
     Raises:
         NetworkFormatError: when something in `networks` could not be loaded again; names it.
     """
-    content = {}
     records: dict[int, Any] = {}  # a network under two names is one network
-    memo: dict[int, Any] = {}
-    for key, value in networks.items():
-        try:
-            if not isinstance(key, str):
-                raise TypeError("names have to be strings")
-            if id(value) not in records:
-                records[id(value)] = _record(value)
-            content[key] = _pickle_writer.plain(records[id(value)], memo)
-        except (TypeError, ValueError) as error:
-            raise NetworkFormatError(f"{os.fspath(path)}: not written, '{key}': {error}") from error
+    memo: dict[Any, Any] = {}
+    content = _for_each(networks, path, lambda value: _pickle_writer.plain(_record(value, records), memo))
     with misc.open_atomic(path) as file:
         _pickle_writer.write(content, file, _reconstruct_persistent_obj)
 
 
-def _record(value: Any) -> Any:
-    """`value` itself unless it is a persistent object."""
-    is_module = isinstance(value, torch.nn.Module)
-    if not is_module and type(value) not in _module_texts:
+def to_records(networks: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
+    """What `save` would write: `Record` with present weights for every network, other values as they are.
+
+    Args:
+        networks: as for `save`.
+        path: the file that they are for, for messages.
+
+    Raises:
+        NetworkFormatError: as `save`, for networks.
+    """
+    records: dict[int, Any] = {}
+    return _for_each(networks, path, lambda value: _record(value, records))
+
+
+def _for_each(networks: dict[str, Any], path: str | os.PathLike, convert: Callable[[Any], Any]) -> dict[str, Any]:
+    content = {}
+    for key, value in networks.items():
+        try:
+            if not isinstance(key, str):
+                raise TypeError("names have to be strings")
+            content[key] = convert(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise NetworkFormatError(f"{os.fspath(path)}: not written, '{key}': {error}") from error
+    return content
+
+
+def _record(value: Any, records: dict[int, Any]) -> Any:
+    """The record of a persistent object, one for each of them, and anything else as it is."""
+    if not isinstance(value, torch.nn.Module) and type(value) not in _module_texts:
         return value
+    if id(value) not in records:
+        records[id(value)] = _new_record(value)
+    return records[id(value)]
+
+
+def _new_record(value: Any) -> Record:
+    is_module = isinstance(value, torch.nn.Module)
     record = vars(value).get("_source_record")
     if record is None:
         record = _pickle_networks.describe(value, _module_texts)

@@ -1,55 +1,29 @@
 import hashlib
-import http.server
-import io
-import threading
+import json
+import os
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+from di_refine_http import CONTENT, reset, running
 
-from di_refine import zoo
+from di_refine import download, zoo
 from di_refine.errors import InputError
-
-CONTENT = bytes(range(256)) * 1000
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.requests.append(self.path)
-        if self.path.startswith("/ok"):
-            self._send(CONTENT, len(CONTENT))
-        elif self.path.startswith("/short"):
-            self._send(CONTENT[:1000], len(CONTENT))
-        else:
-            self.send_error(404)
-
-    def _send(self, body, length):
-        self.send_response(200)
-        self.send_header("Content-Length", str(length))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture(scope="module")
 def running_server():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with running() as server:
+        yield server
 
 
 @pytest.fixture
 def server(running_server, monkeypatch):
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "DI_REFINE_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    running_server.requests = []
-    running_server.base = f"http://127.0.0.1:{running_server.server_address[1]}"
+    monkeypatch.setattr(download, "PAUSE", 0.0)
+    reset(running_server)
     return running_server
 
 
@@ -96,7 +70,7 @@ def test_the_registry_is_consistent():
                     same = ("resolution", "channels", "classes")
                     assert [other[key] for key in same] == [record[key] for key in same]
         if record["kind"] == "stylegan2":
-            assert "teacher" in record
+            assert "teacher" in record or "no published teacher" in record["note"]
     assert len({name.rpartition(".")[0] for name in zoo.registry()}) == len(zoo.registry()), "stems are unambiguous"
 
 
@@ -120,8 +94,8 @@ def test_downloads_once(small_registry, server, cache, capsys):
     assert path == cache / "teacher.pkl" and path.read_bytes() == CONTENT
     assert zoo.resolve("teacher.pkl", offline=True) == path
     assert zoo.resolve(f"{server.base}/ok/original.pkl") == path, "the URL of a known name is that name"
-    assert server.requests == ["/ok/original.pkl"]
-    assert [file.name for file in cache.iterdir()] == ["teacher.pkl"]
+    assert server.requests == [("/ok/original.pkl", None)]
+    assert [file.name for file in cache.iterdir() if file.is_file()] == ["teacher.pkl"]
     output = capsys.readouterr()
     assert output.out == "" and output.err.startswith("teacher.pkl: 256000/256000 B (100%)")
 
@@ -138,7 +112,7 @@ def test_urls_with_the_same_file_name_do_not_meet(server, cache):
 
 @pytest.mark.parametrize(
     "path, reason",
-    [("absent.pkl", "the server answers 404 "), ("short.pkl", "the connection ended ")],
+    [("absent.pkl", "the server answers 404 "), ("short/x.pkl", "the connection ended ")],
 )
 def test_failed_downloads_say_where_to_put_the_file(server, cache, path, reason):
     url = f"{server.base}/{path}"
@@ -147,18 +121,9 @@ def test_failed_downloads_say_where_to_put_the_file(server, cache, path, reason)
     message = str(caught.value)
     target = message.rpartition("save it as ")[2]
     assert message.startswith(f"--teacher: cannot download {url} ({reason}") and "\n" not in message
-    assert Path(target).parent == cache and list(cache.iterdir()) == []
+    assert Path(target).parent == cache and not any(path.is_file() for path in cache.iterdir())
     Path(target).write_bytes(b"by hand")
     assert zoo.resolve(url).read_bytes() == b"by hand", "the place named is the place looked at"
-
-
-def test_missing_bytes_are_noticed_by_any_http_library():
-    download = zoo._Download(io.BytesIO(), "x.pkl")
-    download.total = 10
-    download.write(b"12345")
-    assert download.fault(None) == "the connection ended after 5 of 10 bytes"
-    download.write(b"67890")
-    assert download.fault(hashlib.sha256(b"1234567890").hexdigest()) is None
 
 
 def test_refused_connection(server, cache):
@@ -169,7 +134,7 @@ def test_refused_connection(server, cache):
 def test_wrong_hash_and_offline(small_registry, cache):
     with pytest.raises(InputError, match=r"wrong.pkl \(its SHA-256 is .* instead of 00000000"):
         zoo.resolve("wrong")
-    assert list(cache.iterdir()) == []
+    assert not any(path.is_file() for path in cache.rglob("*"))
     with pytest.raises(InputError, match="--network: teacher.pkl is not in the cache .* save it as .*teacher.pkl"):
         zoo.resolve("teacher", offline=True)
 
@@ -197,3 +162,78 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("DI_REFINE_CACHE", raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     assert zoo.cache_folder() == tmp_path / ".cache" / "di-refine"
+
+
+def test_offline_by_environment(small_registry, server, cache, monkeypatch):
+    monkeypatch.setenv("DI_REFINE_OFFLINE", "1")
+    with pytest.raises(InputError, match="downloading is off"):
+        zoo.resolve("teacher")
+    monkeypatch.setenv("DI_REFINE_OFFLINE", "0")
+    zoo.resolve("teacher")
+
+
+def test_an_altered_download_is_refused(small_registry, server, cache):
+    path = zoo.resolve(f"{server.base}/ok/unlisted.pkl")
+    path.write_bytes(b"altered")
+    with pytest.raises(InputError, match="is not what it was or should be: its SHA-256 is .* delete it"):
+        zoo.resolve(f"{server.base}/ok/unlisted.pkl", offline=True)
+    path.unlink()
+    assert zoo.resolve(f"{server.base}/ok/unlisted.pkl").read_bytes() == CONTENT
+
+
+# The command line.
+
+
+def run(*args, status=0):
+    result = CliRunner().invoke(zoo.main, args, prog_name="zoo")
+    assert result.exit_code == status, result.output
+    lines = result.stdout.splitlines()
+    return result, (json.loads(lines[-1]) if lines else None)
+
+
+def test_list(small_registry, server, cache):
+    _, found = run("list")
+    states = {name: record["state"] for name, record in found["entries"].items()}
+    assert states == {"gan.pkl": "shipped", "lost.pkl": "missing", "teacher.pkl": "missing", "wrong.pkl": "missing"}
+    zoo.resolve("teacher")
+    _, found = run("list", "--kind=edm")
+    assert found["cache"] == str(cache) and "gan.pkl" not in found["entries"]
+    assert found["entries"]["teacher.pkl"]["state"] == "cached"
+    (cache / "partial").mkdir(exist_ok=True)
+    (cache / "partial" / "wrong.pkl").write_bytes(b"x")
+    _, found = run("list")
+    assert found["entries"]["wrong.pkl"]["state"] == "partial"
+
+
+def test_fetch(small_registry, server, cache):
+    result, found = run("fetch", "gan", "--companions")
+    assert sorted(found["files"]) == ["gan", "teacher.pkl"]
+    assert found["sha256"]["teacher.pkl"] == hashlib.sha256(CONTENT).hexdigest()
+    count = len(server.requests)
+    run("fetch", "teacher", "--offline")
+    assert len(server.requests) == count
+
+
+def test_fetch_offline_never_connects(small_registry, server, cache):
+    result, _ = run("fetch", "teacher", "--offline", status=2)
+    assert "downloading is off" in result.stderr and not server.requests
+    result, _ = run("fetch", "nonsense", status=2)
+    assert "known names are" in result.stderr or "nearest names are" in result.stderr
+
+
+def test_verify(small_registry, server, cache):
+    _, found = run("verify")
+    assert found["verdicts"] == {"gan.pkl": "ok"}
+    run("fetch", "teacher")
+    path = cache / "teacher.pkl"
+    stat = path.stat()
+    _, found = run("verify")
+    assert found["verdicts"] == {"gan.pkl": "ok", "teacher.pkl": "ok"}
+    path.write_bytes(bytes([CONTENT[0] ^ 1]) + CONTENT[1:])
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a failing disk would do it
+    result, found = run("verify", status=1)
+    assert (
+        "its SHA-256 is" in found["verdicts"]["teacher.pkl"] and "not as they should be: teacher.pkl" in result.stderr
+    )
+    result, found = run("verify", "lost", status=1)
+    assert found["verdicts"] == {"lost.pkl": "missing"}

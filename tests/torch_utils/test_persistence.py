@@ -16,7 +16,7 @@ from golden_io import GOLDEN, cases
 
 import di_refine.edm.networks
 import stylegan2_ada.networks
-from torch_utils import persistence
+from torch_utils import _pickle_writer, persistence
 from torch_utils.persistence import NetworkFormatError, Record
 
 PICKLES = sorted(str(path.relative_to(GOLDEN)) for path in GOLDEN.glob("*/*.pkl"))
@@ -511,3 +511,72 @@ def test_save_refuses_what_could_not_be_loaded(make, reason, tmp_path):
         persistence.save({"net": make()}, path)
     assert str(path) in str(caught.value)
     assert path.read_bytes() == b"precious" and list(tmp_path.iterdir()) == [path]
+
+
+# Files of other times and projects.
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("name", ["edm/vp.pkl", "stylegan2/sg2ada-orig16.pkl"])
+def test_protocols(name, protocol, tmp_path, monkeypatch):
+    """What other versions of Python write by default; the golden files have 3 and 4."""
+    content = persistence.load(GOLDEN / name)
+    monkeypatch.setattr(_pickle_writer, "PROTOCOL", protocol)
+    persistence.save(content, tmp_path / "a.pkl")
+    assert (tmp_path / "a.pkl").read_bytes()[:2] == bytes([0x80, protocol])
+    for key, network in networks_of(content).items():
+        found = state_of(persistence.load(tmp_path / "a.pkl")[key])
+        assert all(torch.equal(found[tensor_name], tensor) for tensor_name, tensor in state_of(network).items())
+
+
+@pytest.mark.parametrize("numpy_name", ["numpy.core", "numpy._core"])
+def test_numpy_arrays_of_all_protocols(numpy_name):
+    """TensorFlow-era networks hold arrays; protocol 5 has them in another form."""
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    for protocol in (2, 3, 4, 5):
+        for value in (array, np.asfortranarray(array), np.float32(2.5)):
+            data = pickle.dumps({"x": value}, protocol)
+            for spelling in ("numpy._core", "numpy.core"):
+                data = data.replace(f"c{spelling}.".encode(), f"c{numpy_name}.".encode())
+            if protocol == 2 and b"_codecs" in data:
+                continue  # bytes as Latin-1 text: nothing that holds networks was ever written so
+            content = persistence.load_records(data)["x"]
+            found = content if isinstance(content, float) else content.value
+            assert np.array_equal(found, value) and getattr(found, "dtype", np.float32) == np.float32
+
+
+def test_sets_under_their_python_2_name():
+    data = b"\x80\x02}X\x01\x00\x00\x00xc__builtin__\nset\n](X\x01\x00\x00\x00aX\x01\x00\x00\x00be\x85Rs."
+    assert persistence.load(data) == {"x": {"a", "b"}}
+
+
+@pytest.mark.parametrize("key", ["ema", "G_ema", "net"])
+def test_one_step_generators_of_distillation_projects(key, tmp_path):
+    """EDM networks alone, as `ema`, or under a generator's name; sometimes beside the score network `Sg`."""
+    network = persistence.load(GOLDEN / "distill/teacher.pkl")["ema"]
+    score = persistence.load(GOLDEN / "distill/fake_score.pkl")["ema"]
+    persistence.save({key: network, "Sg": score}, tmp_path / "a.pkl")
+    content = persistence.load(tmp_path / "a.pkl")
+    assert list(content) == [key, "Sg"] and type(content[key]).__name__ == "EDMPrecond"
+    assert torch.equal(content[key](torch.ones(1, 3, 16, 16), 2.5), network(torch.ones(1, 3, 16, 16), 2.5))
+
+
+@pytest.mark.parametrize("keep", [["G_ema"], ["G_ema", "training_set_kwargs"], ["augment_pipe", "D"], []])
+def test_optional_keys_may_be_missing(keep, tmp_path):
+    content = persistence.load(GOLDEN / "stylegan2/sg2ada-cifar-cond.pkl")
+    persistence.save({key: content[key] for key in keep}, tmp_path / "a.pkl")
+    assert list(persistence.load(tmp_path / "a.pkl")) == keep
+
+
+def test_records_are_read_without_building(monkeypatch):
+    monkeypatch.setattr(persistence._pickle_networks, "assemble", None)
+    content = persistence.load_records(GOLDEN / "stylegan2/sg2tf-legacy.pkl")
+    assert list(content) == ["G", "D", "G_ema"] and content["G"].class_name == persistence.TENSORFLOW_NETWORK
+    content = persistence.load_records(GOLDEN / "edm/vp.pkl")
+    assert content["ema"].class_name == "VPPrecond" and content["ema"].init_kwargs["img_resolution"] == 16
+
+
+def test_a_pickle_does_not_depend_on_which_strings_are_one_object(tmp_path):
+    for name, texts in (("a.pkl", ["ab" * 9] * 2), ("b.pkl", ["".join(["ab"] * 9) for _ in range(2)])):
+        persistence.save({"x": texts}, tmp_path / name)
+    assert (tmp_path / "a.pkl").read_bytes() == (tmp_path / "b.pkl").read_bytes()

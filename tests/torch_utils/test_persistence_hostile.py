@@ -192,6 +192,36 @@ def nested(depth, begin=b"(", end=b"t"):
     return Raw(begin * depth + b"N" + end * depth)
 
 
+def chain(depth, table=None):
+    """Records within records, as attributes or as layers."""
+    begin = glob("torch_utils.persistence", "_reconstruct_persistent_obj") + b"(}("
+    fields = {"type": "class", "version": 6, "module_src": "", "class_name": "HostileChild"}
+    begin += b"".join(code(key) + code(value) for key, value in fields.items()) + code("state")
+    begin += b"}(" + (code("_modules") + b"}(" + code(table) if table else code("x"))
+    return Raw(begin * depth + (record() if table else b"N") + (b"uutR" if table is None else b"uuutR") * depth)
+
+
+def many_paths(levels=40):
+    """Layers that stand in two places each: 2**40 ways down."""
+    data = record("HostileChild") + b"q\x00"
+    for level in range(levels):
+        names = {"a": Raw(b"h" + bytes([level])), "b": Raw(b"h" + bytes([level]))}
+        data += b"0" + record("HostileChild", {"_modules": names}) + b"q" + bytes([level + 1])
+    return Raw(data)
+
+
+def checkpoint_with_code():
+    """What `torch.save` writes today, with a call of `poke` in it."""
+
+    class Call:
+        def __reduce__(self):
+            return poke, ()
+
+    buffer = io.BytesIO()
+    torch.save(Call(), buffer)
+    return buffer.getvalue()
+
+
 def repeated_storage():
     """One blob of 1 MB, a thousand storages."""
     big = blob(count=2**18)
@@ -317,6 +347,8 @@ HOSTILE = {
     # Bombs.
     "long bytes": (b"\x80\x04\x8e" + struct.pack("<Q", 2**62) + b"x.", "truncated"),
     "long text": (b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"x.", "truncated"),
+    "long byte array": (b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b"x.", "truncated"),
+    "a terabyte of text": (b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"x.", "truncated"),
     "long frame": (b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N.", "truncated"),
     "far memo entry": (b"\x80\x04Nr\xff\xff\xff\xff0.", "ends too early"),
     "nested tuples": (dump({"x": nested(100_000)}), "RecursionError"),
@@ -328,7 +360,7 @@ HOSTILE = {
     "laughs as a global's name": (b"\x80\x04" + code("os") + laughs() + b"\x93.", "os.a tuple"),
     "itself in arguments": (arguments(options=Raw(b"]q\x05h\x05a")), "RecursionError|too many"),
     "one blob a thousand times": (repeated_storage(), "released memoryview"),
-    "three million empty sets": (b"\x80\x04(" + b"\x8f" * 3_000_000 + b"t.", "more than 2000000"),
+    "three million empty sets": (b"\x80\x04(" + b"\x8f" * 3_000_000 + b"t.", "more than 1000000"),
     # Records.
     "record of a wrong type": (dump({"G": record(type="function")}), "only classes of version 6"),
     "record of a wrong version": (dump({"G": record(version=7)}), "version 7"),
@@ -370,6 +402,8 @@ HOSTILE = {
         "'child.size' is 5; the constructor arguments give 4",
     ),
     "attribute not a number": (network(gain=float("nan")), "'gain' is nan"),
+    "layers within layers": (dump({"G": chain(20_000, "child")}), "too deep"),
+    "the same layers again and again": (dump({"G": many_paths()}), "occurs twice"),
     # Constructor arguments.
     "no arguments": (network(_init_kwargs={}), "missing a required argument"),
     "unknown argument": (arguments(evil=1), "unexpected keyword argument 'evil'"),
@@ -431,6 +465,10 @@ HOSTILE = {
     ),
     # Storages.
     "storage of nothing": (dump({"x": call("torch.storage", "_load_from_bytes", 5)}), "without bytes"),
+    "checkpoint with code as a storage": (
+        dump({"x": call("torch.storage", "_load_from_bytes", checkpoint_with_code())}),
+        "does not begin like a pickle",
+    ),
     "storage without content": (dump({"x": call("torch.storage", "_load_from_bytes", b"")}), "truncated"),
     "wrong magic number": (dump({"x": storage(magic=5)}), "magic number"),
     "wrong storage protocol": (dump({"x": storage(protocol=1002)}), "magic number or protocol"),
@@ -453,6 +491,14 @@ HOSTILE = {
     "scalar of the wrong size": (
         dump({"x": call("numpy.core.multiarray", "scalar", call("numpy", "dtype", "f8"), b"123")}),
         "wrong size",
+    ),
+    "array of the wrong size": (
+        dump({"x": call("numpy._core.numeric", "_frombuffer", b"1234", call("numpy", "dtype", "f4"), (2,), "C")}),
+        "wrong size",
+    ),
+    "array in a wrong order": (
+        dump({"x": call("numpy.core.numeric", "_frombuffer", b"1234", call("numpy", "dtype", "f4"), (1,), "K")}),
+        "array's order",
     ),
     "huge array": (
         dump(
@@ -492,6 +538,13 @@ def test_laughs_outside_networks_are_harmless(tmp_path):
     assert type(persistence.load(tmp_path / "again.pkl")["G"]) is HostileTiny
 
 
+def test_records_within_records_are_not_followed(tmp_path):
+    content = persistence.load(dump({"x": chain(20_000)}))
+    assert type(content["x"]) is HostileChild
+    with pytest.raises(NetworkFormatError, match="not written, 'x': maximum recursion depth"):
+        persistence.save(content, tmp_path / "again.pkl")
+
+
 def test_unknown_settings_objects_are_kept_unopened():
     content = persistence.load(dump({"loss_fn": record("EvilLoss", {"x": 1.0}), "augment_pipe": record("HostileTiny")}))
     assert content["loss_fn"].class_name == "EvilLoss" and content["loss_fn"].module_src == SOURCE
@@ -529,6 +582,37 @@ def test_pipe_is_not_waited_for(tmp_path):
 def test_text_file_object():
     with pytest.raises(NetworkFormatError, match="binary mode"):
         persistence.load(io.StringIO("x"))
+
+
+@pytest.mark.parametrize("target", ["/dev/zero", "/dev/full", "loop", "nowhere", "folder", "pipe"])
+def test_symbolic_links_to_what_is_no_file(tmp_path, target):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(NetworkFormatError, match="link: (not a regular file|no such file)"):
+        persistence.load(tmp_path / "link")
+
+
+def test_symbolic_link_to_a_network(tmp_path):
+    """Caches of downloads are full of them."""
+    (tmp_path / "file").write_bytes(GOOD)
+    (tmp_path / "link").symlink_to("file")
+    assert type(persistence.load(tmp_path / "link")["G"]) is HostileTiny
+
+
+def test_files_of_holes(tmp_path):
+    """A terabyte that takes no room on the disk must not be read."""
+    path = tmp_path / "holes.pkl"
+    with open(path, "wb") as file:
+        file.write(GOOD[:-1])
+        file.truncate(2**40)
+    with pytest.raises(NetworkFormatError, match="truncated, or something follows"):
+        persistence.load(path)
+    with open(path, "ab") as file:
+        file.write(b".")
+    with pytest.raises(NetworkFormatError, match="1100 GB, far more than any network"):
+        persistence.load(path)
 
 
 # Damage by chance.

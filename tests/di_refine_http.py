@@ -1,0 +1,121 @@
+"""A local HTTP server that behaves as badly as a test asks it to."""
+
+import contextlib
+import http.server
+import threading
+import time
+import urllib.parse
+
+CONTENT = bytes(range(256)) * 1000
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """The path says what happens; `server.content`, `.tag` and `.failures` can be changed between requests.
+
+    /ok/...          the content, with ranges and entity tags
+    /noranges/...    ranges are ignored
+    /notags/...      ranges without anything to tell versions apart
+    /wrongrange/...  answers a range with the beginning
+    /nolength/...    the content, its length not announced
+    /flaky/...       as /ok, but the first `failures` answers break off half-way through what is left
+    /short/...       every answer breaks off after 1000 bytes, whatever the range
+    /stall/...       announces the content, sends some of it and then nothing
+    /busy/...        as /ok after `failures` answers of 503
+    /redirect/...    to /ok/...
+    /loop            to itself
+    /<number>        that status
+    """
+
+    protocol_version = "HTTP/1.0"
+
+    def do_GET(self):
+        address = urllib.parse.urlsplit(self.path)
+        path = address.path
+        self.server.requests.append((self.path, self.headers.get("Range")))
+        kind = path.split("/")[1]
+        if kind == "redirect":
+            self._redirect(path.replace("/redirect", "/ok"))
+        elif kind == "loop":
+            self._redirect("/loop")
+        elif kind.isdigit():
+            self.send_error(int(kind))
+        elif kind == "busy" and self._fails():
+            self.send_error(503)
+        elif kind in ("ok", "noranges", "notags", "wrongrange", "nolength", "flaky", "short", "stall", "busy"):
+            self._send(kind)
+        else:
+            self.send_error(404)
+
+    def _fails(self):
+        self.server.failures -= 1
+        return self.server.failures >= 0
+
+    def _redirect(self, path):
+        self.send_response(302)
+        self.send_header("Location", path)
+        self.end_headers()
+
+    def _send(self, kind):
+        content, tag = self.server.content, self.server.tag
+        start = 0
+        asked = self.headers.get("Range", "bytes=0-")
+        current = self.headers.get("If-Range") in (None, tag) or kind == "notags"
+        if kind != "noranges" and current:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        if start and start >= len(content):
+            self.send_error(416)
+            return
+        body = content[0 if kind == "wrongrange" else start :]
+        self.send_response(206 if start else 200)
+        if start:
+            first = 0 if kind == "wrongrange" else start
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        if kind != "nolength":
+            self.send_header("Content-Length", str(len(body)))
+        if kind != "notags":
+            self.send_header("ETag", tag)
+        self.end_headers()
+        if kind == "flaky" and self._fails():
+            body = body[: len(body) // 2]
+        elif kind in ("short", "stall"):
+            body = body[:1000]
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(body)
+            self.wfile.flush()
+            if kind == "stall":
+                self.server.released.wait(10)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def running():
+    """A server in a thread; `.base` is its address."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.base = f"http://127.0.0.1:{server.server_address[1]}"
+    server.released = threading.Event()
+    reset(server)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.released.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def reset(server):
+    server.requests, server.failures = [], 0
+    server.content, server.tag = CONTENT, '"1"'
+
+
+def wait_until(condition, seconds=10):
+    """Poll; for what another thread is about to do."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
