@@ -28,9 +28,11 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# On a CUDA machine, with whatever Python has PyTorch there.
+# On a CUDA machine, with whatever Python has PyTorch there: build and examine the operators, test, measure.
 gpu-check:
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m torch_utils.custom_ops
+	$(PYTHON) -m pytest -m gpu tests/torch_utils tests/stylegan2_ada tests/di_refine/edm
+	$(PYTHON) benchmarks/ops.py --device=cuda
 
 # A minute of fuzzing the reader of network pickles. The corpus stays in build/fuzz and grows with every run; what breaks
 # the reader is written there, too. Atheris has wheels for Linux.

@@ -68,6 +68,7 @@ class InOrder(cli.Command):
 @click.option(
     "--run", "runs", multiple=True, metavar="DIR", help="Run directory for --plot, besides those in --network."
 )
+@cli.ops_option
 @cli.device_option
 @click.pass_context
 def main(context, **options):

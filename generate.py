@@ -30,6 +30,7 @@ from di_refine.generators import load_sampler
 @click.option("--columns", type=cli.POSITIVE_INT, help="Images per row of the grid.  [default: about square]")
 @click.option("--batch", type=cli.POSITIVE_INT, default=64, help="Images per forward pass.")
 @click.option("--outdir", default="out", metavar="DIR", help="Where seed0000.png ... and grid.png go.")
+@cli.ops_option
 @cli.device_option
 def main(network, seeds, label, truncation, steps, init_sigma, noise_mode, grid, columns, batch, outdir, device):
     """Write one PNG per seed, and a grid.

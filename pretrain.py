@@ -49,6 +49,7 @@ def common_options(batch: int, lr: float, kimg: float):
         click.option("--workers", type=cli.POSITIVE_INT, default=2, help="Threads or processes that decode images."),
         click.option("--resume", default=None, metavar="RUN", help="Continue a run directory or training-state file."),
         click.option("--dry-run", is_flag=True, help="Print the resolved options and stop."),
+        cli.ops_option,
         cli.device_option,
     ]
 
@@ -268,6 +269,7 @@ class GanTrainer:
 @click.option("--feature-dim", type=cli.POSITIVE_INT, default=64, help="Size of a feature vector.")
 @click.option("--mirror/--no-mirror", default=False, help="Also train on images flipped left to right.")
 @click.option("--seed", type=cli.NON_NEGATIVE_INT, default=0, help="Of everything random.")
+@cli.ops_option
 @cli.device_option
 def features(data_path, dest, stats, name, epochs, width, feature_dim, mirror, seed, device):
     """Train a small classifier whose features metrics can use, and measure its statistics of the images."""

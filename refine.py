@@ -59,6 +59,7 @@ OBJECTIVES = [name for name in objectives.NAMES if name != "sds" and not objecti
 @click.option("--workers", type=cli.POSITIVE_INT, default=2, help="Threads that decode a reference data set.")
 @click.option("--resume", metavar="RUN", help="Continue a run directory, or a training-state file.")
 @click.option("--dry-run", is_flag=True, help="Check everything, print the resolved options, and stop.")
+@cli.ops_option
 @cli.device_option
 @click.pass_context
 def main(context, dry_run, **values):

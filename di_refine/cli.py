@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from di_refine.errors import InputError, RunError
+from torch_utils import custom_ops
 
 CONTEXT = {"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]}
 
@@ -86,7 +87,7 @@ def describe(error: BaseException) -> tuple[int, str] | None:
         return error.exit_code, f"error: {_one_line(error.format_message())}"
     if isinstance(error, (InputError, format_error)):
         return 2, f"error: {_one_line(error)}"
-    if isinstance(error, RunError):
+    if isinstance(error, (RunError, custom_ops.OpsUnavailable)):
         return 1, f"error: {_one_line(error)}"
     if isinstance(error, torch.OutOfMemoryError):
         return 1, "error: out of GPU memory; use a smaller batch per GPU"
@@ -218,6 +219,22 @@ device_option = click.option(
     default="auto",
     metavar="auto|cpu|mps|cuda[:N]",
     help="Where to compute; auto is cuda, else mps, else cpu.",
+)
+
+
+def _set_ops(_context, _param, value: str) -> None:
+    custom_ops.set_mode(value)
+
+
+ops_option = click.option(
+    "--ops",
+    type=click.Choice(custom_ops.MODES),
+    default="auto",
+    envvar="DI_REFINE_OPS",
+    show_envvar=True,
+    expose_value=False,
+    callback=_set_ops,
+    help="Form of upfirdn2d and bias_act: compiled where possible, compiled on CUDA or fail, PyTorch's own.",
 )
 
 

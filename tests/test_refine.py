@@ -164,7 +164,7 @@ def test_dry_run_says_everything_and_writes_nothing(tmp_path):
 
 def test_every_option_reaches_the_run():
     """An option that nobody reads is a lie: each is a field of RefineOptions, or handled by the command itself."""
-    names = {parameter.name for parameter in main.params} - {"dry_run"}
+    names = {parameter.name for parameter in main.params} - {"dry_run", "ops"}
     assert names == {field.name for field in fields(RefineOptions)}
     defaults = {field.name: field.default for field in fields(RefineOptions)}
     for parameter in main.params:

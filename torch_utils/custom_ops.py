@@ -1,43 +1,164 @@
-"""Where an operator's native (compiled) form is registered and chosen.
+"""Which form of an operator runs: the compiled one or plain PyTorch; and a doctor for the compiled one.
 
-Every operator in `torch_utils.ops` is written in plain PyTorch. A compiled form, when there is one, is added with
-`register_native` and taken by `pick`; nothing else in the project knows which of the two runs.
+Every operator in `torch_utils.ops` has a form in plain PyTorch that works everywhere. On CUDA there is also one of our
+own, compiled on first use; `python -m torch_utils.custom_ops` tells whether that works here and what it gains. A mode
+decides, from `set_mode`, `--ops` of the commands, or the environment variable DI_REFINE_OPS:
+
+    auto      on CUDA the compiled form, or one line that says why not and the PyTorch form; on a CPU the compiled form
+              where the doctor has built it and it is the faster one
+    cuda      the compiled form; anything in its way is an error
+    native    PyTorch's own operators; nothing is compiled or loaded
+    compiled  the compiled form on whatever device the tensors are; for tests and benchmarks
 """
 
-from collections.abc import Callable
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
 
 import torch
 
-_native: dict[tuple[str, str], Callable] = {}
+MODES = ("auto", "cuda", "native")
+
+_mode = os.environ.get("DI_REFINE_OPS") or "auto"
+_libraries: dict[str, str | None] = {}  # device type -> None where its library is loaded, else why it is not
 
 
-def register_native(op: str, device_type: str, function: Callable) -> None:
-    """Make `function` the native form of operator `op` for tensors on `device_type` ('cuda', 'cpu')."""
-    _native[op, device_type] = function
+class OpsUnavailable(RuntimeError):
+    """The compiled operators were insisted on and cannot be had; the message says why and what to do."""
 
 
-def pick(op: str, reference: Callable, impl: str, device: torch.device) -> Callable:
+def mode() -> str:
+    """The mode in force.
+
+    Raises:
+        ValueError: DI_REFINE_OPS is none of them.
+    """
+    if _mode not in (*MODES, "compiled"):
+        raise ValueError(f"DI_REFINE_OPS must be {', '.join(MODES[:-1])} or {MODES[-1]}, not {_mode!r}")
+    return _mode
+
+
+def set_mode(name: str) -> None:
+    """Choose the form of all operators from here on: 'auto', 'cuda', 'native' or 'compiled'."""
+    global _mode
+    if name not in (*MODES, "compiled"):
+        raise ValueError(f"the operators' mode must be {', '.join(MODES[:-1])} or {MODES[-1]}, not {name!r}")
+    _mode = name
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """`set_mode` for the duration of a block."""
+    before = _mode
+    set_mode(name)
+    try:
+        yield
+    finally:
+        set_mode(before)
+
+
+def pick(
+    op: str,
+    reference: Callable,
+    impl: str,
+    device: torch.device,
+    problem: str | None = None,
+    faster_on_cpu: bool = False,
+) -> Callable:
     """Choose the form of an operator.
 
     Args:
-        op: the operator's name, such as 'upfirdn2d'.
+        op: the operator's name, a function of `torch_utils.ops._compiled`.
         reference: its plain PyTorch form.
-        impl: 'auto' takes the native form where one is registered, 'ref' the PyTorch form, 'cuda' insists on the CUDA
-            one.
+        impl: 'auto' follows the mode, 'ref' takes the PyTorch form, 'cuda' insists on the compiled one on CUDA.
         device: where the operands are.
+        problem: why the compiled form cannot do this call, if it cannot.
+        faster_on_cpu: whether the compiled form has been measured to be the faster one for this call on a CPU.
 
     Raises:
-        ValueError: unknown `impl`, or 'cuda' for tensors that are elsewhere.
-        RuntimeError: 'cuda' was asked for and no CUDA form of `op` is registered.
+        ValueError: unknown `impl`, or the compiled form was insisted on for tensors it cannot take.
+        OpsUnavailable: it was insisted on by `impl` or the mode and cannot be had here.
     """
-    if impl == "ref":
-        return reference
-    if impl == "auto":
-        return _native.get((op, device.type), reference)
-    if impl != "cuda":
+    if impl not in ("auto", "ref", "cuda"):
         raise ValueError(f"{op}: impl must be 'auto', 'ref' or 'cuda', not {impl!r}")
-    if device.type != "cuda":
-        raise ValueError(f"{op}: impl='cuda' needs tensors on a CUDA device, these are on {device}")
-    if (op, "cuda") not in _native:
-        raise RuntimeError(f"{op}: no CUDA form is registered; use impl='auto' or impl='ref'")
-    return _native[op, "cuda"]
+    wanted = mode() if impl == "auto" else impl
+    if wanted in ("ref", "native"):
+        return reference
+    if wanted == "cuda" and device.type != "cuda":
+        if impl == "cuda":
+            raise ValueError(f"{op}: impl='cuda' needs tensors on a CUDA device, these are on {device}")
+        raise OpsUnavailable(f"{op}: --ops=cuda needs tensors on a CUDA device, these are on {device}; use --ops=auto")
+    if wanted == "auto":
+        fit = device.type == "cuda" or (device.type == "cpu" and faster_on_cpu)
+        return _compiled_form(op) if fit and problem is None and _available(device.type) else reference
+    if problem is not None:
+        raise ValueError(f"{op}: the compiled form does not take {problem}; use impl='ref'")
+    insist(device.type)
+    return _compiled_form(op)
+
+
+def unfit(dtype: torch.dtype) -> str | None:
+    """Why the compiled operators cannot take tensors of a dtype, or None."""
+    fits = dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return None if fits else f"tensors of {dtype}"
+
+
+def autocast_is_on(device_type: str) -> bool:
+    """Whether autocast is in force for a device type; False for those that have none, such as 'meta'."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def insist(device_type: str) -> None:
+    """Load the compiled operators for 'cuda' or 'cpu', building them where they are not built yet.
+
+    Raises:
+        OpsUnavailable: with the reason and the remedy.
+    """
+    if not _loaded(device_type, build=True):
+        raise OpsUnavailable(_libraries[device_type])
+
+
+def mark_loaded(device_type: str) -> None:
+    """For the process that builds a library: it is loaded already."""
+    _libraries[device_type] = None
+
+
+@torch.compiler.assume_constant_result
+def _available(device_type: str) -> bool:
+    """Whether 'auto' can have the compiled form. A CPU library is used where it exists, but never built unasked."""
+    known = device_type in _libraries
+    available = _loaded(device_type, build=device_type == "cuda")
+    if not available and not known and device_type == "cuda" and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{_libraries[device_type]}; using PyTorch's own operators", file=sys.stderr, flush=True)
+    return available
+
+
+@torch.compiler.assume_constant_result
+def _loaded(device_type: str, build: bool) -> bool:
+    from torch_utils.ops import _build
+
+    if device_type not in _libraries or (build and _libraries[device_type] == _build.NOT_BUILT):
+        try:
+            path = _build.ensure(device_type) if build else _build.existing(device_type)
+            from torch_utils.ops import _compiled  # noqa: F401  declares what the library implements
+
+            torch.ops.load_library(str(path))
+            _libraries[device_type] = None
+        except _build.BuildError as error:
+            _libraries[device_type] = str(error)
+        except OSError as error:
+            _libraries[device_type] = f"the compiled operators cannot be loaded ({' '.join(str(error).split())})"
+    return _libraries[device_type] is None
+
+
+def _compiled_form(op: str) -> Callable:
+    from torch_utils.ops import _compiled
+
+    return getattr(_compiled, op)
+
+
+if __name__ == "__main__":
+    from torch_utils.ops._doctor import main
+
+    main()

@@ -33,6 +33,8 @@ activation_funcs = {
     "swish": Activation(lambda x, alpha: F.silu(x), 0, math.sqrt(2)),
 }
 
+FASTER_ON_CPU = ("relu", "lrelu")  # the other functions PyTorch has vectorised better, see docs/ops.md
+
 
 def bias_act(
     x: torch.Tensor,
@@ -60,18 +62,28 @@ def bias_act(
         A tensor like `x`.
 
     Raises:
-        ValueError: unknown activation, a bias that does not fit, a negative clamp.
+        ValueError: unknown activation, a bias that does not fit in shape, dtype or device, a negative clamp.
     """
     if act not in activation_funcs:
         raise ValueError(f"bias_act: act must be one of {', '.join(activation_funcs)}, not {act!r}")
     spec = activation_funcs[act]
     if b is not None and (b.ndim != 1 or not 0 <= dim < x.ndim or b.shape[0] != x.shape[dim]):
         raise ValueError(f"bias_act: a bias of shape {list(b.shape)} does not fit axis {dim} of {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"bias_act: x must have a floating dtype, not {x.dtype}")
+    if b is not None and b.device != x.device:
+        raise ValueError(f"bias_act: the bias is on {b.device}, x on {x.device}; move one of them")
+    if b is not None and b.dtype != x.dtype:
+        if not custom_ops.autocast_is_on(x.device.type):
+            raise ValueError(f"bias_act: the bias is {b.dtype}, x is {x.dtype}; cast one of them")
+        wide = torch.promote_types(x.dtype, b.dtype)  # what autocast does with sums
+        x, b = x.to(wide), b.to(wide)
     if clamp is not None and clamp < 0:
         raise ValueError(f"bias_act: clamp must not be negative, got {clamp}")
     alpha = float(spec.def_alpha if alpha is None else alpha)
     gain = float(spec.def_gain if gain is None else gain)
-    run = custom_ops.pick("bias_act", _bias_act_ref, impl, x.device)
+    problem = custom_ops.unfit(x.dtype) or ("a negative alpha" if act == "lrelu" and alpha < 0 else None)
+    run = custom_ops.pick("bias_act", _bias_act_ref, impl, x.device, problem, faster_on_cpu=act in FASTER_ON_CPU)
     return run(x, b, dim, act, alpha, gain, None if clamp is None else float(clamp))
 
 

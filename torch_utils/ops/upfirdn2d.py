@@ -14,6 +14,9 @@ import torch.nn.functional as F
 
 from torch_utils import custom_ops
 
+MAX_TAPS = 32  # along an axis; the compiled form keeps the filter in shared memory
+_TILED = ((2, 2, 1, 1), (1, 1, 2, 2), (1, 1, 1, 1))  # factors with a fast path for filters of at most 4x4
+
 
 def setup_filter(
     f: torch.Tensor | np.ndarray | Sequence | float | None,
@@ -67,7 +70,7 @@ def upfirdn2d(
 
     Args:
         x: `[N, C, H, W]`, any floating dtype.
-        f: filter from `setup_filter`; None is the one-tap identity.
+        f: filter from `setup_filter` of at most 32x32 taps, on the device of `x`; None is the one-tap identity.
         up: zero-insertion factor, one number or `[x, y]`.
         down: decimation factor, one number or `[x, y]`.
         padding: in up-sampled pixels, one number, `[x, y]` or `[x0, x1, y0, y1]`; negative values crop.
@@ -79,13 +82,19 @@ def upfirdn2d(
         `[N, C, (H*up + y0 + y1 - fh) // down + 1, ...]`, dtype of `x`.
 
     Raises:
-        ValueError: wrong shapes or factors, or a result without pixels.
+        ValueError: wrong shapes, dtypes or factors, a filter that is too large, or a result without pixels.
     """
     if x.ndim != 4:
         raise ValueError(f"upfirdn2d: x must be [N, C, H, W], not {list(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"upfirdn2d: x must have a floating dtype, not {x.dtype}")
     (up_x, up_y), (down_x, down_y) = _pair(up, "up"), _pair(down, "down")
     x0, x1, y0, y1 = parse_padding(padding)
     fw, fh = filter_size(f)
+    if max(fw, fh) > MAX_TAPS:
+        raise ValueError(f"upfirdn2d: a filter has at most {MAX_TAPS}x{MAX_TAPS} taps, not {fw}x{fh}")
+    if f is not None and f.device != x.device:
+        raise ValueError(f"upfirdn2d: the filter is on {f.device}, x on {x.device}; move one of them")
     out_w = (x.shape[3] * up_x + x0 + x1 - fw) // down_x + 1
     out_h = (x.shape[2] * up_y + y0 + y1 - fh) // down_y + 1
     if out_w < 1 or out_h < 1:
@@ -93,7 +102,17 @@ def upfirdn2d(
             f"upfirdn2d: a {x.shape[3]}x{x.shape[2]} image with padding {[x0, x1, y0, y1]} is smaller than the "
             f"{fw}x{fh} filter"
         )
-    run = custom_ops.pick("upfirdn2d", _upfirdn2d_ref, impl, x.device)
+    problem = custom_ops.unfit(x.dtype) or (
+        "a filter that requires a gradient" if f is not None and f.requires_grad else None
+    )
+    # As measured, see docs/ops.md: small images fit the caches whatever one does, and PyTorch's start-up is quicker.
+    faster_on_cpu = (
+        x.device.type == "cpu"
+        and max(fw, fh) <= 4
+        and (up_x, up_y, down_x, down_y) in _TILED
+        and x.shape[2] * x.shape[3] >= (32 * 32 if up_x == 2 else 256 * 256)
+    )
+    run = custom_ops.pick("upfirdn2d", _upfirdn2d_ref, impl, x.device, problem, faster_on_cpu)
     return run(x, f, (up_x, up_y), (down_x, down_y), (x0, x1, y0, y1), bool(flip_filter), float(gain))
 
 
@@ -162,14 +181,18 @@ def add_padding(padding: int | Sequence[int], own: tuple[int, ...]) -> tuple[int
 
 
 def _upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain):
+    if custom_ops.autocast_is_on(x.device.type):  # it would change the dtype of float32 images
+        with torch.autocast(x.device.type, enabled=False):
+            return _upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain)
     if f is None:
         f = torch.ones([1, 1], dtype=torch.float32, device=x.device)
     f = f.to(x.dtype)
     if f.ndim == 2:
         return _fir(x, f * gain, up, down, padding, flip_filter)
-    f = f * gain**0.5  # each of the two passes carries half of the gain
-    x = _fir(x, f[None, :], (up[0], 1), (down[0], 1), (*padding[:2], 0, 0), flip_filter)
-    return _fir(x, f[:, None], (1, up[1]), (1, down[1]), (0, 0, *padding[2:]), flip_filter)
+    root = abs(gain) ** 0.5  # each of the two passes carries half of the gain
+    x = _fir(x, f[None, :] * root, (up[0], 1), (down[0], 1), (*padding[:2], 0, 0), flip_filter)
+    f = f[:, None] * (root if gain > 0 else -root)
+    return _fir(x, f, (1, up[1]), (1, down[1]), (0, 0, *padding[2:]), flip_filter)
 
 
 def _fir(x, f, up, down, padding, flip_filter):
