@@ -235,7 +235,6 @@ def test_batches_can_mirror(dataset):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_on_a_gpu(dataset):
     images, labels = next(batches(dataset, 4, seed=0, device="cuda"))
     assert images.device.type == labels.device.type == "cuda"

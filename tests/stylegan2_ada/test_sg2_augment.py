@@ -197,7 +197,6 @@ def test_nan_free_at_extreme_draws():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_matches_cpu_without_waiting():
     x = image_batch(4, 3, 32)
     pipe = AugmentPipe(**{**PRESETS["bgcf"], "cutout": 1})

@@ -267,9 +267,9 @@ def test_missing_cuda_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(_build, "cuda_home", lambda: None)
     assert "install CUDA 12.4 or set CUDA_HOME" in _build.missing_tool("cuda")
-    monkeypatch.setattr(_build, "cuda_home", lambda: Path("/opt/cuda"))
+    monkeypatch.setattr(_build, "cuda_home", lambda: Path("/usr/local/cuda-old"))
     monkeypatch.setattr(_build, "nvcc_version", lambda: "11.8")
-    assert "nvcc in /opt/cuda is of CUDA 11.8, PyTorch of 12.4" in _build.missing_tool("cuda")
+    assert "nvcc in /usr/local/cuda-old is of CUDA 11.8, PyTorch of 12.4" in _build.missing_tool("cuda")
 
 
 def test_an_unwritable_cache_is_named(fresh, tmp_path, monkeypatch):
