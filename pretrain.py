@@ -376,7 +376,7 @@ class Options(_Namespace):
             directory,
             trainer,
             run.Schedule(
-                total=round(self.kimg * 1000),
+                total=max(round(self.kimg * 1000), 1),
                 tick=round(self.tick * 1000),
                 snap=self.snap,
                 max_seconds=self.max_minutes * 60 if self.max_minutes else None,

@@ -57,7 +57,9 @@ OBJECTIVES = [name for name in objectives.NAMES if name != "sds" and not objecti
 @click.option("--snap", type=cli.POSITIVE_INT, default=10, help="Ticks between snapshots and measurements.")
 @click.option("--seed", type=cli.NON_NEGATIVE_INT, default=0, help="Of everything random.")
 @click.option("--workers", type=cli.POSITIVE_INT, default=2, help="Threads that decode a reference data set.")
-@click.option("--resume", metavar="RUN", help="Continue a run directory, or a training-state file.")
+@click.option(
+    "--resume", metavar="RUN", help="Continue a run directory or training-state file, with the options given now."
+)
 @click.option("--dry-run", is_flag=True, help="Check everything, print the resolved options, and stop.")
 @cli.ops_option
 @cli.device_option

@@ -144,7 +144,7 @@ class Refinement:
         loop = Loop(
             directory,
             trainer,
-            Schedule(round(o.kimg * 1000), round(o.tick * 1000), o.snap, quiet=round(o.score_warmup * 1000)),
+            Schedule(max(round(o.kimg * 1000), 1), round(o.tick * 1000), o.snap, quiet=round(o.score_warmup * 1000)),
             networks=lambda: {**self.networks, "G": trainer.generator.net, "G_ema": trainer.ema.net},
             evaluate=evaluate if self.evaluator else None,
             higher_is_better=bool(self.evaluator) and self.evaluator.specs[0].higher_is_better,

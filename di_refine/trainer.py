@@ -212,9 +212,12 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict()`; networks and settings must be the same."""
+        """Continue from `state_dict()` of the same networks; learning rates are those of this trainer's settings."""
         for name in ("generator", "ema", "student", "generator_optimizer", "student_optimizer"):
             getattr(self, name).load_state_dict(state[name])
+        # The optimizers' states bring the rates they were saved with; the settings of this trainer count.
+        self.generator_optimizer.param_groups[0]["lr"] = self.config.lr
+        self.student_optimizer.param_groups[0]["lr"] = self.config.score_lr
         self.nimg = state["nimg"]
         self._bad.fill_(-1)
 

@@ -428,8 +428,11 @@ class AdversarialTrainer:
                 f"the training state lacks {sorted(wanted - found)} and has unknown parts {sorted(found - wanted)}; "
                 "continue with the options it was written with"
             )
+        rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
         for name, module in modules.items():
             module.load_state_dict(state[name])
+        for name, rate in rates.items():  # the state brings its own; those of this trainer's configuration count
+            self.optimizers[name].param_groups[0]["lr"] = rate
         self.pl_mean.copy_(state["pl_mean"])
         self.num_steps, self.nimg = state["num_steps"], state["nimg"]
         self._first_bad_step.fill_(-1)

@@ -140,6 +140,16 @@ def test_resume_is_exact(settings):
         assert torch.equal(actual[name], value), name
 
 
+def test_a_resumed_trainer_uses_its_own_rates():
+    network = torch.nn.Linear(2, 2)
+    network.latent_shape, network.label_dim = (2,), 0
+    saved = Trainer(network, torch.nn.Linear(2, 2), TrainerConfig(lr=1e-2, score_lr=1e-2)).state_dict()
+    trainer = Trainer(network, torch.nn.Linear(2, 2), TrainerConfig(lr=1e-3, score_lr=2e-3))
+    trainer.load_state_dict(saved)
+    rates = [trainer.generator_optimizer.param_groups[0]["lr"], trainer.student_optimizer.param_groups[0]["lr"]]
+    assert rates == [1e-3, 2e-3]
+
+
 @pytest.mark.parametrize("objective", ["ikl", "sid"])
 @pytest.mark.parametrize("batch_gpu", [1, 4])
 def test_batch_gpu_changes_nothing_but_rounding(objective, batch_gpu):
