@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from di_refine.errors import InputError, RunError
-from torch_utils import custom_ops
+from torch_utils import custom_ops, distributed
 
 CONTEXT = {"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]}
 
@@ -85,7 +85,7 @@ def describe(error: BaseException) -> tuple[int, str] | None:
         return 2, f"error: {_one_line(error.format_message()).rstrip('.')} (--help lists the options)"
     if isinstance(error, click.ClickException):
         return error.exit_code, f"error: {_one_line(error.format_message())}"
-    if isinstance(error, (InputError, format_error)):
+    if isinstance(error, (InputError, format_error, distributed.DistributedError)):
         return 2, f"error: {_one_line(error)}"
     if isinstance(error, (RunError, custom_ops.OpsUnavailable)):
         return 1, f"error: {_one_line(error)}"

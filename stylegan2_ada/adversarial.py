@@ -14,11 +14,13 @@ Shapes: images [N, C, H, W] in -1..1; labels [N, c_dim] one-hot, of width 0 with
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from torch_utils import distributed
 
 
 def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
@@ -194,10 +196,15 @@ def _adam(net: torch.nn.Module, lr: float, config: AdversarialConfig, phases: li
 
 
 class AdversarialTrainer:
-    """Trains a generator and a discriminator against each other, on one device, and averages the generator.
+    """Trains a generator and a discriminator against each other, and averages the generator.
 
-    Nothing in `step` waits for the device. Randomness (noise, augmentation, style mixing) comes from PyTorch's global
-    generators, which the caller seeds.
+    Nothing in `step` waits for the device. Randomness (noise, augmentation, style mixing, path directions) comes from
+    PyTorch's global generators, which the caller seeds.
+
+    With several processes (`torch_utils.distributed`), each makes one trainer of the same networks and settings and
+    gives it its share of every batch. Gradients, losses, the heuristic of the augmentation and the running means are
+    those of the whole batch, so that all processes keep the same state, and a run may go on with another number of
+    them. The caller's seed should depend on the rank, lest all shares get the same noise.
 
     Args:
         G: `G.mapping(z, c, skip_w_avg_update=...) -> ws`, `G.synthesis(ws, noise_mode=...) -> images`, such as
@@ -211,7 +218,7 @@ class AdversarialTrainer:
     Attributes:
         G_ema: averaged generator, in eval mode.
         phases: the optimizer updates in their order.
-        nimg: real images seen.
+        nimg: real images seen, by all processes together.
         num_steps: steps taken.
         pl_mean: running mean of the path lengths.
     """
@@ -240,6 +247,7 @@ class AdversarialTrainer:
         }
         device = next(D.parameters()).device
         self.num_steps = self.nimg = 0
+        self._agreed = False
         self.pl_mean = torch.zeros([], device=device)
         # First step in which each phase was not finite; stays on the device until `check_finite` asks.
         self._first_bad_step = torch.full([len(self.phases)], -1, device=device)
@@ -255,6 +263,8 @@ class AdversarialTrainer:
     ) -> dict[str, torch.Tensor]:
         """One training step: all phases that are due, the averaged generator, the augmentation strength.
 
+        With several processes N is the size of a share, the same for all.
+
         Args:
             real_images: [N, C, H, W].
             real_labels: [N, c_dim], or None without labels.
@@ -269,6 +279,7 @@ class AdversarialTrainer:
 
         Raises:
             ValueError: batch sizes that do not fit each other.
+            DistributedError: in the first step, if the processes have different states, settings or shares.
         """
         num = len(real_images)
         if len(z) not in (num, 2 * num) or (gen_labels is not None and len(gen_labels) != len(z)):
@@ -276,6 +287,10 @@ class AdversarialTrainer:
         real_labels = real_images.new_zeros([num, 0]) if real_labels is None else real_labels
         gen_labels = z.new_zeros([len(z), 0]) if gen_labels is None else gen_labels
         half = {"G": slice(None, num), "D": slice(len(z) - num, None)}
+        if not self._agreed:
+            distributed.check_equal("GAN's settings", {"share": num, **asdict(self.config)})
+            distributed.check_equal("GAN's training state", self.state_dict())
+            self._agreed = True
 
         stats = {}
         for index, phase in enumerate(self.phases):
@@ -292,9 +307,11 @@ class AdversarialTrainer:
             stats[f"grad_norm/{phase.name}"] = norm
             if self.ada is not None and phase.net == "D" and phase.main:
                 self.augment_pipe.p.copy_(self.ada.update(terms["real_logits"]))
-        self._average(num)
+        total = num * distributed.world_size()
+        distributed.average_buffers(self.G)  # the mean w has seen only this share
+        self._average(total)
         self.num_steps += 1
-        self.nimg += num
+        self.nimg += total
         if self.augment_pipe is not None:
             stats["augment_p"] = self.augment_pipe.p.clone()
         return stats
@@ -308,6 +325,8 @@ class AdversarialTrainer:
         gen_labels: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Leave a phase's gradients in `.grad` of its network: of the mean over the batch, times `phase.interval`.
+
+        The arguments are this process's share of the batch; all processes get the same gradients and terms.
 
         Returns:
             Per-sample terms of the whole batch, detached; the losses, called 'loss_...', are without that factor.
@@ -329,7 +348,8 @@ class AdversarialTrainer:
             (loss * (phase.interval * size / num)).backward()
             rounds.append({name: value.detach() for name, value in terms.items()})
         net.requires_grad_(False)
-        terms = {name: torch.cat([terms[name] for terms in rounds]) for name in rounds[0]}
+        distributed.average_gradients(net.parameters())
+        terms = distributed.gather_batch({name: torch.cat([terms[name] for terms in rounds]) for name in rounds[0]})
         if "path_lengths" in terms:
             self.pl_mean.lerp_(terms["path_lengths"].mean(), self.config.pl_decay)
         return terms
@@ -340,10 +360,14 @@ class AdversarialTrainer:
             logits = self._discriminate(self._synthesize(self._map(z, c)), c)
             terms.update(gen_logits=logits, loss_G=generator_loss(logits))
         if phase.reg:
-            num = max(len(z) // self.config.pl_batch_shrink, 1)
-            ws = self._map(z[:num], c[:num])
+            # Every so many of the images, not the first so many: the same ones however the batch is divided.
+            shrink = self.config.pl_batch_shrink
+            some = slice(0, max(len(z) // shrink, 1) * shrink, shrink)
+            ws = self._map(z[some], c[some])
             lengths = path_lengths(self._synthesize(ws), ws)
-            target = self.pl_mean.lerp(lengths.detach().mean(), self.config.pl_decay)
+            mean = lengths.detach().mean()
+            distributed.average([mean])
+            target = self.pl_mean.lerp(mean, self.config.pl_decay)
             terms.update(path_lengths=lengths, loss_pl=(lengths - target).square() * self.config.pl_weight)
         return terms
 
@@ -436,6 +460,7 @@ class AdversarialTrainer:
         self.pl_mean.copy_(state["pl_mean"])
         self.num_steps, self.nimg = state["num_steps"], state["nimg"]
         self._first_bad_step.fill_(-1)
+        self._agreed = False
 
     def _stateful(self) -> dict[str, Any]:
         parts = {

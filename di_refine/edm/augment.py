@@ -47,15 +47,23 @@ _LABELS = {  # operation: number of its labels, in their order
 
 
 class _Draws:
-    """Random numbers on the CPU, new ones or those of a recorded list."""
+    """Random numbers on the CPU, new ones or those of a recorded list; the last axis is that of the images."""
 
-    def __init__(self, recorded: Iterable[torch.Tensor] | None, generator: torch.Generator | None):
+    def __init__(
+        self,
+        recorded: Iterable[torch.Tensor] | None,
+        generator: torch.Generator | None,
+        part: tuple[int, int] | None = None,
+    ):
         self.recorded: Iterator[torch.Tensor] | None = None if recorded is None else iter(recorded)
-        self.generator = generator
+        self.generator, self.part = generator, part
 
     def _next(self, shape: list[int], make: Callable[..., torch.Tensor]) -> torch.Tensor:
         if self.recorded is None:
-            return make(shape, generator=self.generator)
+            if self.part is None:
+                return make(shape, generator=self.generator)
+            start, total = self.part
+            return make([*shape[:-1], total], generator=self.generator)[..., start : start + shape[-1]]
         return next(self.recorded).to("cpu", torch.float32).reshape(shape)
 
     def normal(self, *shape: int) -> torch.Tensor:
@@ -160,6 +168,7 @@ class AugmentPipe:
         images: torch.Tensor,
         draws: Iterable[torch.Tensor] | None = None,
         generator: torch.Generator | None = None,
+        part: tuple[int, int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Transform a batch.
 
@@ -168,6 +177,8 @@ class AugmentPipe:
                 which hue and saturation leave a single channel as it is.
             draws: recorded random numbers in call order, instead of new ones.
             generator: CPU generator of new ones; None means torch's default.
+            part: (start, total): these images are a larger batch's from number `start` on, and get the transformations
+                that they would get in it, for the same state of the generator. None: they are the whole batch.
 
         Returns:
             Images shaped as before, and labels [N, label_dim] on the same device.
@@ -175,7 +186,7 @@ class AugmentPipe:
         Raises:
             InputError: if the images do not fit the operations.
         """
-        draw = _Draws(draws, generator)
+        draw = _Draws(draws, generator, part)
         labels: list[torch.Tensor] = []
         images = self._blit(images, draw, labels)
         images = self._geometry(images, draw, labels)

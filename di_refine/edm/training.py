@@ -1,14 +1,15 @@
 """Training a diffusion teacher (Karras et al. 2022, arXiv 2206.00364, section 5 and table 7)."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from di_refine.edm.loss import EDMLoss
 from di_refine.errors import RunError
-from torch_utils import misc
+from torch_utils import distributed, misc
 
 
 @dataclass
@@ -16,8 +17,8 @@ class TeacherConfig:
     """Settings of `TeacherTrainer`.
 
     Attributes:
-        batch: images per step.
-        batch_gpu: images per forward pass; None is the whole batch. Must divide `batch`.
+        batch: images per step, of all processes together.
+        batch_gpu: images per forward pass; None is all that a process has. Must divide `batch`.
         lr: Adam's learning rate, reached after a linear ramp.
         lr_rampup: length of the ramp, in images.
         ema_nimg: half-life of the average, in images.
@@ -47,16 +48,23 @@ class TeacherConfig:
 class TeacherTrainer:
     """Denoising score matching on real images.
 
+    With several processes (`torch_utils.distributed`), each makes one trainer of the same network and settings and
+    takes every step; all but dropout is the same as with one.
+
     Args:
         net: an EDM-preconditioned network on its device; trained in place.
-        data: `(start_nimg) -> iterator` of uint8 images `[batch, C, R, R]` and labels `[batch, label_dim]`, the order a
-            function of the images seen.
+        data: `(start_nimg) -> iterator` of this process's share of each step's images, uint8 `[share, C, R, R]`, and
+            labels `[share, label_dim]`; the order is a function of the images seen.
         config: settings.
-        augment_pipe: see `di_refine.edm.augment`, or None.
+        augment_pipe: called like `di_refine.edm.augment.AugmentPipe`, or None.
+
+    Raises:
+        DistributedError: the processes do not divide the batch, or `batch_gpu` does not divide their shares.
 
     Attributes:
         ema: the average, which is the result.
-        nimg: images seen.
+        nimg: images seen, by all processes together.
+        share, micro_batch: this process's part of a batch, and how many images of it make a forward pass.
     """
 
     def __init__(
@@ -69,6 +77,8 @@ class TeacherTrainer:
         self.net = net.train().requires_grad_(True)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
         self.config, self.augment_pipe = config, augment_pipe
+        self.share = distributed.share(config.batch)
+        self.micro_batch = distributed.micro_batch(config.batch, config.batch_gpu)
         self.loss = EDMLoss(config.p_mean, config.p_std, net.sigma_data)
         self.params = list(net.parameters())
         self.device = self.params[0].device
@@ -80,20 +90,32 @@ class TeacherTrainer:
 
     def step(self) -> dict[str, torch.Tensor]:
         """One update. Returns the mean `loss` per pixel and the `grad_norm`, scalars on the device."""
-        cfg = self.config
+        cfg, mine = self.config, self.share
         if self._batches is None:
+            distributed.check_equal("teacher's settings", asdict(cfg))
+            distributed.check_equal("teacher's training state", self.state_dict())
             self._batches = self._data(self.nimg)
         images, labels = next(self._batches)
+        num, size = mine.stop - mine.start, self.micro_batch
+        if len(images) != num:
+            raise ValueError(f"the data stream gives {len(images)} images a step where this process needs {num}")
         images = images.to(torch.float32) / 127.5 - 1
-        rounds = cfg.batch // cfg.batch_gpu
+        # Drawn for the whole batch and then cut, so that they depend neither on the processes nor on batch_gpu.
+        rng = torch.Generator(self.device).manual_seed(misc.derive_seed(cfg.seed, self.nimg, "teacher"))
+        rnd = torch.randn([cfg.batch, 1, 1, 1], generator=rng, device=self.device)[mine]
+        noise = torch.randn([cfg.batch, *images.shape[1:]], generator=rng, device=self.device)[mine]
         mean = torch.zeros([], device=self.device)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(misc.derive_seed(cfg.seed, self.nimg, "teacher"))
-            for x, c in zip(images.split(cfg.batch_gpu), labels.split(cfg.batch_gpu)):
+            torch.manual_seed(misc.derive_seed(cfg.seed, self.nimg, "networks", distributed.rank()))
+            for start in range(0, num, size):
+                part = slice(start, start + size)
+                x, c = images[part], labels[part] if labels.shape[1] else None
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-                    loss = self.loss(self.net, x, c if c.shape[1] else None, self.augment_pipe).float()
-                (loss.sum() / cfg.batch).backward()
-                mean += loss.detach().mean() / rounds
+                    pipe = self._augmentation(mine.start + start, size)
+                    loss = self.loss(self.net, x, c, pipe, rnd=rnd[part], noise=noise[part]).float()
+                (loss.sum() / num).backward()
+                mean += loss.detach().mean() * (size / num)
+        distributed.average_gradients(self.params, also=[mean])
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.lr * min((self.nimg + cfg.batch) / max(cfg.lr_rampup, 1e-8), 1)
@@ -103,6 +125,13 @@ class TeacherTrainer:
         self.nimg += cfg.batch
         self._average()
         return {"loss": mean, "grad_norm": norm.detach()}
+
+    def _augmentation(self, start: int, size: int) -> Callable | None:
+        """The augmentation of images `start` to `start + size` of the batch, whoever has the others."""
+        if self.augment_pipe is None:
+            return None
+        rng = torch.Generator().manual_seed(misc.derive_seed(self.config.seed, self.nimg, "augmentation"))
+        return functools.partial(self.augment_pipe, generator=rng, part=(start, self.config.batch))
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -137,8 +166,9 @@ class TeacherTrainer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict()`; the network and settings must be the same."""
+        """Continue from `state_dict()`; the network and settings must be the same, the number of processes need not."""
         for name in ("net", "ema", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
         self.nimg = state["nimg"]
+        self._bad.fill_(-1)
         self._batches = None

@@ -6,13 +6,11 @@ the arithmetic; the others receive its result.
 """
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from di_refine.errors import InputError, RunError
+from torch_utils import distributed as multi
 
 
 class Ranks:
@@ -26,9 +24,7 @@ class Ranks:
     """
 
     def __init__(self, distributed: bool = False):
-        self.rank, self.size = 0, 1
-        if distributed:
-            self.rank, self.size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.rank, self.size = (multi.rank(), multi.world_size()) if distributed else (0, 1)
 
     @property
     def is_first(self) -> bool:
@@ -43,26 +39,22 @@ class Ranks:
 
     def gather(self, item: Any) -> list:
         """The items of all processes in the order of their ranks, on the first; an empty list on the others."""
-        if self.size == 1:
-            return [item]
-        everyone = [None] * self.size if self.is_first else None
-        torch.distributed.gather_object(item, everyone)
-        return everyone or []
+        return [item] if self.size == 1 else multi.gather_object(item)
 
     def on_first(self, function: Callable[[], Any]) -> Any:
         """What a function returns on the first process, for all of them; so with its InputError or RunError."""
         if self.size == 1:
             return function()
-        outcome = [None]
+        outcome = None
         if self.is_first:
             try:
-                outcome = [function()]
+                outcome = function()
             except (InputError, RunError) as error:
-                outcome = [error]
-        torch.distributed.broadcast_object_list(outcome)
-        if isinstance(outcome[0], (InputError, RunError)):
-            raise outcome[0]
-        return outcome[0]
+                outcome = error
+        outcome = multi.broadcast_object(outcome)
+        if isinstance(outcome, (InputError, RunError)):
+            raise outcome
+        return outcome
 
 
 @contextlib.contextmanager
@@ -71,11 +63,5 @@ def process_group() -> Iterator[bool]:
 
     Features and moments travel as CPU tensors a few times per run, so gloo serves every device.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) < 2:
-        yield False
-        return
-    torch.distributed.init_process_group("gloo")
-    try:
-        yield True
-    finally:
-        torch.distributed.destroy_process_group()
+    with multi.process_group("cpu"):
+        yield multi.world_size() > 1
