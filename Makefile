@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 
-.PHONY: setup demo test lint format gpu-check fuzz clean
+.PHONY: setup demo test lint format gpu-check fuzz soak clean
 
 setup: $(STAMP)
 
@@ -41,6 +41,11 @@ fuzz: setup
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris==3.0.0
 	mkdir -p build/fuzz
 	cd build/fuzz && $(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzz/fuzz_persistence.py corpus -max_total_time=$(FUZZ_SECONDS)
+
+# Ten minutes of faults: kills, signals, full disk, damaged files. SOAK=gan, refine or distill for another command.
+SOAK ?= teacher
+soak: setup
+	$(BIN)/python tests/soak/soak.py --command=$(SOAK)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

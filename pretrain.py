@@ -1,6 +1,8 @@
 """Make the networks that refinement needs, from images: a diffusion teacher, a GAN, a feature network."""
 
+import functools
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,18 +22,29 @@ from di_refine.metrics.smallnet import save_small, train_features
 from stylegan2_ada import augment
 from stylegan2_ada.adversarial import AdaController, AdversarialConfig, AdversarialTrainer
 from stylegan2_ada.networks import Discriminator, Generator
-from torch_utils import misc
+from torch_utils import distributed, misc
 
 
 def common_options(batch: int, lr: float, kimg: float):
     """The options both kinds of training share."""
     options = [
         click.option("--data", required=True, metavar="PATH", help="Images: a zip or folder made by dataset_tool.py."),
-        click.option("--outdir", required=True, metavar="DIR", help="Where the numbered run directory is made."),
+        click.option(
+            "--outdir",
+            required=True,
+            metavar="DIR",
+            help="Where the numbered run directory is made, or one to continue.",
+        ),
         click.option("--desc", default=None, help="Words for the run directory's name.  [default: from the data]"),
         click.option("--cond/--no-cond", default=None, help="Class-conditional.  [default: if the data have labels]"),
         click.option("--kimg", type=cli.POSITIVE_NUMBER, default=kimg, help="Length, in thousands of images."),
         click.option("--max-minutes", type=cli.POSITIVE_NUMBER, default=None, help="Stop, saving, after this long."),
+        click.option(
+            "--stop-if-worse",
+            type=cli.Number(above=1),
+            default=None,
+            help="Stop when the first metric is worse than at the start by this factor.",
+        ),
         click.option("--batch", type=cli.POSITIVE_INT, default=batch, help="Images per step."),
         click.option(
             "--batch-gpu", type=cli.POSITIVE_INT, default=None, help="Images per forward pass.  [default: all]"
@@ -43,11 +56,19 @@ def common_options(batch: int, lr: float, kimg: float):
             "--metrics", default="", metavar="LIST", help="Measured at each snapshot, such as fd2k_full@digits."
         ),
         click.option("--detector", metavar="FILE", help="Feature network of metrics that are not in the registry."),
-        click.option("--tick", type=cli.POSITIVE_NUMBER, default=10, help="Thousand images between status lines."),
+        click.option(
+            "--tick", type=cli.POSITIVE_NUMBER, default=10, help="Kimg between status lines and training states."
+        ),
         click.option("--snap", type=cli.POSITIVE_INT, default=10, help="Ticks between snapshots."),
+        click.option("--keep", type=cli.POSITIVE_INT, default=2, help="How many newest states and snapshots stay."),
         click.option("--seed", type=cli.NON_NEGATIVE_INT, default=0, help="Of everything random."),
         click.option("--workers", type=cli.POSITIVE_INT, default=2, help="Threads or processes that decode images."),
-        click.option("--resume", default=None, metavar="RUN", help="Continue a run directory or training-state file."),
+        click.option(
+            "--resume",
+            default=None,
+            metavar="auto|RUN",
+            help="Continue the newest such run in --outdir, or a run directory or training-state file.",
+        ),
         click.option("--dry-run", is_flag=True, help="Print the resolved options and stop."),
         cli.ops_option,
         cli.device_option,
@@ -59,6 +80,17 @@ def common_options(batch: int, lr: float, kimg: float):
         return function
 
     return add
+
+
+def in_process_group(function):
+    """Runs a command as one of the processes that torchrun started, if it did."""
+
+    @functools.wraps(function)
+    def run_in_group(device, **options):
+        with distributed.process_group(cli.pick_device(device)) as device:
+            return function(device=device, **options)
+
+    return run_in_group
 
 
 @cli.group()
@@ -78,6 +110,7 @@ def main():
 @click.option("--sigma-mean", type=cli.Number(), default=-1.2, help="Mean of ln(sigma) in training.")
 @click.option("--sigma-std", type=cli.NON_NEGATIVE_NUMBER, default=1.2, help="Standard deviation of ln(sigma).")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", help="Arithmetic of the network.")
+@in_process_group
 def teacher(**options):
     """Train an EDM diffusion model (DDPM++ U-Net). The defaults are the published ones for CIFAR-10."""
     o = Options(options, "edm")
@@ -97,7 +130,7 @@ def teacher(**options):
             f"cannot be halved {len(o.channel_mult) - 1} times; give fewer levels"
         )
     if o.finish_dry_run():
-        return
+        return 0
     torch.manual_seed(misc.derive_seed(o.seed, "weights"))
     try:
         net = EDMPrecond(**shape, model_type="SongUNet", **widths)
@@ -119,7 +152,7 @@ def teacher(**options):
         seed=o.seed,
     )
     trainer = TeacherTrainer(net, o.batches, config, pipe)
-    o.train(
+    return o.train(
         trainer,
         networks=lambda: {
             "ema": trainer.ema,
@@ -150,6 +183,7 @@ def teacher(**options):
 @click.option("--augment", type=click.Choice(["none", *augment.PRESETS]), default="bgc", help="Augmentations of ADA.")
 @click.option("--target", type=cli.Number(0, 1), default=0.6, help="ADA: wanted mean sign of D on real images.")
 @click.option("--ada-kimg", type=cli.POSITIVE_NUMBER, default=500, help="ADA: thousand images to move p from 0 to 1.")
+@in_process_group
 def gan(**options):
     """Train StyleGAN2 with adaptive discriminator augmentation. The defaults are the published CIFAR-10
     configuration.
@@ -160,13 +194,13 @@ def gan(**options):
         raise InputError(
             f"--data: StyleGAN2 needs a power of two from 8 on, the images are {dataset.resolution} pixels wide"
         )
-    micro = o.batch_gpu or o.batch
+    micro = distributed.micro_batch(o.batch, o.batch_gpu)
     if micro % min(o.mbstd_group, micro):
         raise InputError(
             f"--mbstd-group={o.mbstd_group} does not divide the {micro} images of a forward pass; use a divisor"
         )
     if o.finish_dry_run():
-        return
+        return 0
     torch.manual_seed(misc.derive_seed(o.seed, "weights"))
     shared = {"channel_base": o.channel_base, "channel_max": o.channel_max, "num_fp16_res": o.fp16_res}
     shared["conv_clamp"] = 256 if o.fp16_res else None
@@ -187,7 +221,7 @@ def gan(**options):
         pipe = augment.AugmentPipe(**augment.PRESETS[o.augment]).to(device)
         ada = AdaController(target=o.target, kimg=o.ada_kimg)
     config = AdversarialConfig(
-        batch_gpu=o.batch_gpu,
+        batch_gpu=micro,
         g_lr=o.lr,
         d_lr=o.lr,
         r1_gamma=o.gamma,
@@ -198,7 +232,7 @@ def gan(**options):
     trainer = GanTrainer(
         AdversarialTrainer(G, D, pipe, ada, config), o.batches, dataset.class_frequencies, o.batch, o.seed
     )
-    o.train(
+    return o.train(
         trainer,
         networks=lambda: {
             "training_set_kwargs": {
@@ -222,6 +256,7 @@ class GanTrainer:
     def __init__(self, inner: AdversarialTrainer, batches, class_frequencies, batch: int, seed: int):
         self.inner, self._data, self._seed, self._batch = inner, batches, seed, batch
         self._frequencies = class_frequencies
+        self._share = distributed.share(batch)
         self._batches = None
 
     @property
@@ -241,8 +276,11 @@ class GanTrainer:
             probs = torch.as_tensor(self._frequencies(), dtype=torch.float32, device=device)
             index = torch.multinomial(probs, len(z), replacement=True, generator=rng)
             fake_labels.scatter_(1, index[:, None], 1)
+        # Drawn for the whole batch, for both networks, and then cut: the same images for any number of processes.
+        z, fake_labels = (torch.cat([half[self._share] for half in x.chunk(2)]) for x in (z, fake_labels))
+        rank = [distributed.rank()] if distributed.rank() else []
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(misc.derive_seed(self._seed, self.nimg, "networks"))
+            torch.manual_seed(misc.derive_seed(self._seed, self.nimg, "networks", *rank))
             return inner.step(real.to(torch.float32) / 127.5 - 1, labels, z, fake_labels)
 
     def check_finite(self, last_good: str = "none yet") -> None:
@@ -323,9 +361,9 @@ class Options(_Namespace):
     def __init__(self, values: dict, kind: str):
         super().__init__(values)
         self.kind = kind
+        self.data_seconds = 0.0
         if self.batch_gpu and self.batch % self.batch_gpu:
             raise InputError(f"--batch={self.batch} is not divisible by --batch-gpu={self.batch_gpu}")
-        self.values["device"] = cli.pick_device(self.device)
         cli.check_outdir(self.outdir)
         self.dataset = data.ImageDataset(zoo.resolve(self.data, option="--data"), mirror=self.mirror)
         if self.cond and not self.dataset.has_labels:
@@ -334,8 +372,8 @@ class Options(_Namespace):
         metrics = [name for name in self.metrics.split(",") if name]
         self.evaluator = None
         if metrics:
-            self.evaluator = Evaluator(metrics, self.dataset, self.detector, self.device)
-        self.resumed = run.find_run_to_resume(self.resume) if self.resume else None
+            several = distributed.world_size() > 1
+            self.evaluator = Evaluator(metrics, self.dataset, self.detector, self.device, distributed=several)
 
     def record(self) -> dict:
         """What `training_options.json` says."""
@@ -344,24 +382,34 @@ class Options(_Namespace):
 
     def finish_dry_run(self) -> bool:
         """Print the options if only they were wanted."""
-        if self.dry_run:
+        if self.dry_run and distributed.is_first():
             click.echo(json.dumps(self.record(), indent=2), err=True)
             cli.print_result(self.record())
         return self.dry_run
 
     def batches(self, start_nimg: int):
-        """Training batches from that image on; labels are dropped for an unconditional network."""
-        stream = data.batches(self.dataset, self.batch, self.seed, start_nimg, self.device, self.workers)
-        for pixels, labels in stream:
+        """This process's training batches from that image on; labels are dropped for an unconditional network."""
+        rank, size = distributed.rank(), distributed.world_size()
+        stream = data.batches(
+            self.dataset,
+            self.batch // size,
+            self.seed,
+            start_nimg,
+            self.device,
+            self.workers,
+            rank=rank,
+            world_size=size,
+        )
+        while True:
+            clock = time.monotonic()
+            pixels, labels = next(stream)
+            self.data_seconds += time.monotonic() - clock
             yield pixels, labels if self.label_dim else labels[:, :0]
 
-    def train(self, trainer, networks, net, status) -> None:
-        """Run the loop and print the result."""
-        if self.resumed:
-            directory, state = self.resumed
-        else:
-            desc = self.desc or f"{self.kind}-{Path(self.dataset.name).stem}{'-cond' if self.label_dim else ''}"
-            directory, state = run.RunDirectory.create(self.outdir, desc, self.record()), None
+    def train(self, trainer, networks, net, status) -> int:
+        """Run the loop, print the result, and return the command's exit status."""
+        desc = self.desc or f"{self.kind}-{Path(self.dataset.name).stem}{'-cond' if self.label_dim else ''}"
+        directory, state = run.open_run(self.outdir, self.resume, desc, self.record())
 
         def evaluate():
             sampler = NetworkSampler(net(), self.device, class_probs=self._class_probs())
@@ -380,30 +428,37 @@ class Options(_Namespace):
                 tick=round(self.tick * 1000),
                 snap=self.snap,
                 max_seconds=self.max_minutes * 60 if self.max_minutes else None,
+                keep=self.keep,
+                stop_if_worse=self.stop_if_worse,
             ),
             networks,
             evaluate if self.evaluator else None,
             higher_is_better=bool(self.evaluator) and self.evaluator.specs[0].higher_is_better,
             picture=picture,
             status=status,
+            data_wait=lambda: self.data_seconds,
         )
         if state is not None:
             loop.resume(state)
         loop()
         directory.close()
         parameters = sum(p.numel() for p in net().parameters())
+        last = loop.last or run.Snapshot(0, None)  # a signal may come before there is any
         result = {
             "run_dir": str(directory.path),
-            "snapshot": str(loop.last.path),
+            "snapshot": last.path,
             "kimg": trainer.nimg / 1000,
+            "stopped": loop.stopped,
             "parameters": parameters,
             "images_per_sec": loop.images_per_sec,
             "minutes": loop.train_seconds / 60,
-            **loop.last.results,
+            **last.results,
         }
         if loop.best is not None:
-            result["best_snapshot"] = str(loop.best.path)
-        cli.print_result(result)
+            result["best_snapshot"] = loop.best.path
+        if distributed.is_first():
+            cli.print_result(result)
+        return loop.exit_status
 
     def _class_probs(self):
         return self.dataset.class_frequencies() if self.label_dim else None

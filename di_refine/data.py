@@ -12,7 +12,9 @@ import hashlib
 import io
 import json
 import os
+import signal
 import threading
+import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +26,7 @@ import torch
 from PIL import Image
 
 from di_refine.errors import InputError
+from torch_utils import distributed
 from torch_utils.misc import derive_seed
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
@@ -231,11 +234,13 @@ class ImageDataset:
         """The share of each class, float64 [label_dim], summing to 1 (empty without labels).
 
         Raises:
-            InputError: when the labels are vectors, not classes.
+            InputError: when the labels are vectors other than one-hot, not classes.
         """
         if not self.has_labels:
             return np.zeros(0)
         if self._labels.ndim != 1:
+            if (np.sort(self._labels) == np.eye(self.label_dim)[-1]).all():
+                return self._labels.mean(axis=0, dtype=np.float64)
             raise InputError(f"{self.option}={self.path}: its labels are vectors, so it has no classes to count")
         return np.bincount(self._labels, minlength=self.label_dim) / len(self._labels)
 
@@ -381,6 +386,56 @@ def batches(
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
+class Stream:
+    """A data set as a trainer's reference: `stream(start_nimg)` gives batches in [-1, 1] and labels from there on.
+
+    Of several processes each gets its share of the batch.
+
+    Args:
+        dataset: where the images come from.
+        batch: images per batch of all processes together.
+        seed, device, workers: as for `batches`.
+        labels: give labels, or drop them.
+
+    Attributes:
+        class_frequencies: `[label_dim]`, or None without labels.
+        seconds: spent waiting for images so far.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch: int,
+        seed: int,
+        device: torch.device | str,
+        workers: int,
+        labels: bool = True,
+    ):
+        self._dataset, self._batch, self._seed = dataset, batch, seed
+        self._device, self._workers = device, workers
+        self.class_frequencies = dataset.class_frequencies() if labels and dataset.has_labels else None
+        self.seconds = 0.0
+
+    def __call__(self, start_nimg: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Float images `[share, C, R, R]` and labels `[share, label_dim]`."""
+        rank, size = distributed.rank(), distributed.world_size()
+        source = batches(
+            self._dataset,
+            self._batch // size,
+            self._seed,
+            start_nimg,
+            self._device,
+            self._workers,
+            rank=rank,
+            world_size=size,
+        )
+        while True:
+            clock = time.monotonic()
+            images, labels = next(source)
+            self.seconds += time.monotonic() - clock
+            yield images.float() / 127.5 - 1, labels if self.class_frequencies is not None else labels[:, :0]
+
+
 class _Order:
     """The endless sequence of one process's index arrays, [batch] each."""
 
@@ -419,9 +474,18 @@ class _Fetch(torch.utils.data.Dataset):
             return error
 
 
+def _leave_signals_to_parent(_worker: int) -> None:
+    """Ctrl-C and batch systems signal all processes at once, and a parent who wants to save first needs its workers."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
 def _from_workers(dataset, batch, seed, start_nimg, workers, rank, world_size):
     order = _Order(len(dataset), batch, seed, start_nimg, rank, world_size)
-    loader = torch.utils.data.DataLoader(_Fetch(dataset), sampler=order, batch_size=None, num_workers=workers)
+    loader = torch.utils.data.DataLoader(
+        _Fetch(dataset), sampler=order, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals_to_parent
+    )
     for item in loader:
         if isinstance(item, InputError):
             raise item

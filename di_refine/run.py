@@ -1,99 +1,45 @@
-"""Run directories and the loop around a trainer: ticks, logs, snapshots, metrics, stop and resume.
+"""The loop around a trainer: ticks, logs, snapshots, metrics, stop and resume.
 
-A trainer here is anything with `nimg` (images seen), `step() -> dict of scalar tensors`, `check_finite(last_good)`,
-`state_dict()` and `load_state_dict()`. The loop reports, saves and tests for the end *before* each step, so that the
-first and the last state go through the same code as those between.
+A trainer here is anything with
+
+* `nimg`, images seen by all processes together;
+* `step() -> dict` of scalars (tensors or numbers) and small 1-D tensors, in which NaN means "nothing there this time",
+  as for noise levels that were not drawn;
+* `check_finite(last_good)`, which raises RunError if a step went wrong;
+* `state_dict()` and `load_state_dict(state)`, of everything that changes and is no function of `nimg`.
+
+The loop reports, saves and tests for the end *before* each step, so that the first and the last state go through the
+same code as those between. A run that was stopped and goes on does what it would have done without the stop, logs
+included: the training state holds the loop's counters and the sums of the tick that has begun.
+
+Of several processes all step and measure; the first alone writes.
 """
 
-import contextlib
-import json
-import os
-import pickle
-import re
-import sys
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from di_refine import cli
-from di_refine.errors import InputError, RunError
+from di_refine import checkpoint, cli, stopping
+from di_refine.errors import InputError
 from di_refine.metrics.evaluate import Evaluator, write_jsonl
-from torch_utils import misc, persistence
+from di_refine.resuming import MAY_CHANGE, find_run_to_resume, open_run
+from di_refine.rundir import RunDirectory
+from di_refine.stats import Means, peak_memory
+from torch_utils import distributed, persistence
 
-STATE_PATTERN = re.compile(r"training-state-(\d+)\.pt$")
-
-
-class RunDirectory:
-    """A numbered folder of results, `00000-<description>`, with the file names of the StyleGAN family.
-
-    Attributes:
-        path: the folder.
-    """
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        self._writer = None
-
-    @classmethod
-    def create(cls, outdir: str | os.PathLike, description: str, options: dict[str, Any]) -> "RunDirectory":
-        """Make the next free number under `outdir` and write `training_options.json` there."""
-        outdir = Path(outdir)
-        outdir.mkdir(parents=True, exist_ok=True)
-        numbers = [int(m[1]) for entry in outdir.iterdir() if (m := re.match(r"(\d{5})(-|$)", entry.name))]
-        number = max(numbers, default=-1) + 1
-        while True:  # two runs may start at the same moment: whoever makes the folder has the number
-            path = outdir / f"{number:05d}-{description}"
-            taken = any(entry.name.startswith(f"{number:05d}") for entry in outdir.iterdir())
-            with contextlib.suppress(FileExistsError):
-                if not taken:
-                    path.mkdir()
-                    break
-            number += 1
-        run = cls(path)
-        with misc.open_atomic(path / "training_options.json", "w") as file:
-            json.dump(options, file, indent=2)
-            file.write("\n")
-        return run
-
-    def log(self, text: str) -> None:
-        """One line on stderr and in `log.txt`."""
-        print(text, file=sys.stderr, flush=True)
-        self._append("log.txt", text)
-
-    def append(self, name: str, record: dict[str, Any]) -> None:
-        """One JSON object as one line of `name`."""
-        self._append(name, json.dumps(record))
-
-    def scalars(self, record: dict[str, float], nimg: int) -> None:
-        """The same numbers as TensorBoard events, where tensorboard is installed."""
-        if self._writer is None:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                return
-            self._writer = SummaryWriter(str(self.path))
-        for key, value in record.items():
-            self._writer.add_scalar(key, value, global_step=nimg // 1000)
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Close the event file, if there is one."""
-        if self._writer is not None:
-            self._writer.close()
-
-    def newest_state(self) -> Path | None:
-        """The training state with the most images, or None."""
-        states = {int(m[1]): entry for entry in self.path.iterdir() if (m := STATE_PATTERN.search(entry.name))}
-        return states[max(states)] if states else None
-
-    def _append(self, name: str, line: str) -> None:
-        # One write call, so that a kill between two of them cannot tear a line.
-        with open(self.path / name, "ab") as file:
-            file.write(line.encode() + b"\n")
+__all__ = [
+    "MAY_CHANGE",
+    "Loop",
+    "RunDirectory",
+    "Schedule",
+    "Snapshot",
+    "find_run_to_resume",
+    "measure",
+    "open_run",
+]
 
 
 @dataclass
@@ -102,10 +48,12 @@ class Schedule:
 
     Attributes:
         total: images after which it stops.
-        tick: images between status lines.
+        tick: images between status lines, each with a training state.
         snap: ticks between snapshots.
         quiet: images at the start during which nothing visible changes: no snapshots, and not counted in the speed.
         max_seconds: stop, saving, after this long; None for never.
+        keep: how many of the newest training states and of the newest snapshots stay.
+        stop_if_worse: stop when the first metric is worse than that of the beginning by this factor; None for never.
     """
 
     total: int
@@ -113,6 +61,8 @@ class Schedule:
     snap: int
     quiet: int = 0
     max_seconds: float | None = None
+    keep: int = 2
+    stop_if_worse: float | None = None
 
 
 @dataclass
@@ -125,7 +75,7 @@ class Snapshot:
 
 
 class Loop:
-    """Drives a trainer through a schedule, keeping the last and the best snapshot.
+    """Drives a trainer through a schedule, keeping the newest and the best snapshot.
 
     Args:
         run: where to write.
@@ -136,6 +86,13 @@ class Loop:
         higher_is_better: whether more of that first metric is better.
         picture: `(path) -> None`, draws samples, or None.
         status: name in the trainer's statistics -> short name, for the status lines, in this order.
+        data_wait: the seconds that the trainer has waited for data so far, or None.
+
+    Attributes:
+        first, best, last: snapshots: of the start (without a file), the best so far, the newest.
+        stopped: why the loop stopped before its end: 'SIGTERM', 'SIGUSR1', 'SIGINT', 'max_minutes', 'stop_if_worse';
+            None if it did not.
+        train_seconds, train_images: what the speed is made of, over all sessions of the run.
     """
 
     def __init__(
@@ -148,192 +105,291 @@ class Loop:
         higher_is_better: bool = False,
         picture: Callable[[Path], None] | None = None,
         status: dict[str, str] | None = None,
+        data_wait: Callable[[], float] | None = None,
     ):
         self.run, self.trainer, self.schedule = run, trainer, schedule
         self._networks, self._evaluate, self._picture = networks, evaluate, picture
-        self._higher, self._status = higher_is_better, status or {}
+        self._higher, self._status, self._data_wait = higher_is_better, status or {}, data_wait
+        self._waited = 0.0
         self.first: Snapshot | None = None
         self.best: Snapshot | None = None
         self.last: Snapshot | None = None
+        self.stopped: str | None = None
         self.train_seconds = 0.0
         self.train_images = 0
-        self._sums: dict[str, torch.Tensor] = {}
-        self._steps = 0
+        self._means = Means()
+        self._tick_images, self._tick_seconds = 0, 0.0
         self._ticks = 0
+        self._next_tick = 0
+        self._recorded = -1  # images at the newest line of stats.jsonl
+        self._files: list[str] = []  # snapshots in the folder, oldest first
+        self._bests: list[str] = []  # what was best, for each of the newest states
+        self._resumed = False
 
     @property
     def images_per_sec(self) -> float:
         """Training speed so far, without metrics and snapshots."""
         return self.train_images / self.train_seconds if self.train_seconds else 0.0
 
+    @property
+    def exit_status(self) -> int:
+        """What a command that ran this should exit with: 130 after SIGINT, else 0."""
+        return 130 if self.stopped == "SIGINT" else 0
+
     def resume(self, path: Path) -> None:
         """Continue from a `training-state-*.pt` of an earlier run.
 
         Raises:
-            InputError: not such a file, or of other networks.
+            InputError: the file is damaged, or of other networks.
         """
+        self.run.lock()
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            self.trainer.load_state_dict(state["trainer"])
-            for name in ("first", "best", "last"):
-                if state["loop"][name] is not None:
-                    nimg, file, results = state["loop"][name]
-                    setattr(self, name, Snapshot(nimg, None if file is None else self.run.path / file, results))
-            self._ticks = state["loop"]["ticks"]
-        except (
-            OSError,
-            KeyError,
-            RuntimeError,
-            ValueError,
-            TypeError,
-            EOFError,
-            pickle.UnpicklingError,
-        ) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"--resume: {path} cannot be continued from ({reason})") from None
+            self._restore(checkpoint.load(path), path)
+        except BaseException:
+            self.run.close()
+            raise
+        self.run.rewind(self.trainer.nimg)
         self.run.log(f"continuing from {path.name} at {self.trainer.nimg / 1000:.3f} kimg")
+        self._resumed = True
 
     def __call__(self) -> None:
-        """Train to the end of the schedule."""
-        start = time.monotonic()
-        resumed = self.trainer.nimg
-        next_tick = resumed if resumed == 0 else resumed + self.schedule.tick
-        with cli.progress(self.schedule.total, "training", "img") as bar:
-            bar.update(resumed)
-            while True:
-                nimg = self.trainer.nimg
-                over_time = (
-                    self.schedule.max_seconds is not None and time.monotonic() - start > self.schedule.max_seconds
-                )
-                done = nimg >= self.schedule.total or over_time
-                if done or nimg >= next_tick:
-                    bar.note(self._tick(done))
-                    next_tick = nimg + self.schedule.tick
-                if done:
-                    break
-                clock = time.monotonic()
-                for name, value in self.trainer.step().items():
-                    self._sums[name] = self._sums.get(name, 0) + value.detach()
-                self._steps += 1
-                bar.update(self.trainer.nimg - nimg)
-                if nimg >= self.schedule.quiet:
-                    self.train_images += self.trainer.nimg - nimg
-                    self.train_seconds += time.monotonic() - clock
-        if over_time and nimg < self.schedule.total:
-            self.run.log(f"stopped by --max-minutes at {nimg / 1000:.3f} kimg")
+        """Train to the end of the schedule, or until a reason to stop (see `stopped`) comes up.
+
+        Raises:
+            RunError: the trainer's numbers are not finite, or something could not be written. The newest training state
+                and snapshot before that are still there.
+        """
+        try:
+            self.run.lock()
+            if not self._resumed:
+                self.run.rewind(-1)
+            with (
+                stopping.StopRequest(self.schedule.max_seconds) as request,
+                cli.progress(self.schedule.total, "training", "img", enabled=distributed.is_first()) as bar,
+            ):
+                self._train(request, bar)
+        except BaseException:
+            self.run.close()
+            raise
+        if self.stopped:
+            option = self.stopped if self.stopped.startswith("SIG") else f"--{self.stopped.replace('_', '-')}"
+            self.run.log(f"stopped by {option} at {self.trainer.nimg / 1000:.3f} kimg")
 
     # ------------------------------------------------------------------------------------------------------------------
 
-    def _tick(self, done: bool) -> str:
+    def _train(self, request: stopping.StopRequest, bar: cli.progress) -> None:
+        bar.update(self.trainer.nimg)
+        while True:
+            nimg = self.trainer.nimg
+            done = nimg >= self.schedule.total
+            if not done:
+                self.stopped = request.reason()
+            try:
+                if self.stopped and self.stopped.startswith("SIG"):
+                    raise stopping.Interrupted(self.stopped)
+                if done or self.stopped or nimg >= self._next_tick:
+                    bar.note(self._tick(final=done or self.stopped is not None))
+            except stopping.Interrupted as interrupt:
+                self.stopped = str(interrupt)
+                self._save_interrupted()
+            if done or self.stopped:
+                return
+            clock = time.monotonic()
+            self._means.add(self.trainer.step())
+            bar.update(self.trainer.nimg - nimg)
+            self._count(self.trainer.nimg - nimg, time.monotonic() - clock, counts=nimg >= self.schedule.quiet)
+
+    def _count(self, images: int, seconds: float, counts: bool = True) -> None:
+        self._tick_images += images
+        self._tick_seconds += seconds
+        if counts:
+            self.train_images += images
+            self.train_seconds += seconds
+
+    def _tick(self, final: bool) -> str:
         nimg = self.trainer.nimg
+        if nimg == self._recorded:  # a finished run that is started again
+            return ""
         clock = time.monotonic()
         # Reading the sums waits for the device, which belongs to the training time.
-        stats = {name: (value / self._steps).item() for name, value in self._sums.items()}
+        stats = self._means.read()
         self.trainer.check_finite(self._last_good())
-        self.train_seconds += time.monotonic() - clock
-        self._sums, self._steps = {}, 0
+        self._count(0, time.monotonic() - clock)
 
-        record: dict[str, float] = {"kimg": nimg / 1000, **stats, "images_per_sec": self.images_per_sec}
-        due = done or self._ticks % self.schedule.snap == 0
+        speed = self._tick_images / self._tick_seconds if self._tick_seconds else 0.0
+        record: dict[str, Any] = {"kimg": nimg / 1000, **stats, "images_per_sec": speed, **peak_memory()}
+        if self._data_wait is not None:
+            waited = self._data_wait()
+            record["data_wait_sec"], self._waited = waited - self._waited, waited
+        due = final or self._ticks % self.schedule.snap == 0
         fresh = self.last is None or self.last.nimg != nimg
         results = {}
-        if due and fresh and (nimg == 0 or nimg > self.schedule.quiet or done):
+        if due and fresh and (nimg == 0 or nimg > self.schedule.quiet or final):
             results = self._snapshot()
             record.update(results)
+        # The line comes before the state: whoever continues from a state finds the lines up to it complete.
         record["timestamp"] = time.time()
         self.run.append("stats.jsonl", record)
         self.run.scalars({k: v for k, v in record.items() if k not in ("kimg", "timestamp")}, nimg)
         note = "  ".join(f"{short} {stats[name]:.4g}" for name, short in self._status.items() if name in stats)
         measured = "  ".join(f"{name} {value:.4g}" for name, value in results.items())
-        speed = f"{self.images_per_sec:7.1f} img/s"
-        self.run.log(f"tick {self._ticks:<4d} kimg {nimg / 1000:<9.3f} {speed}  {note}  {measured}".rstrip())
-        self._ticks += 1
+        self.run.log(f"tick {self._ticks:<4d} kimg {nimg / 1000:<9.3f} {speed:7.1f} img/s  {note}  {measured}".rstrip())
+        self._means = Means()
+        self._tick_images, self._tick_seconds = 0, 0.0
+        if nimg >= self._next_tick:  # a stop between two ticks moves neither of them
+            self._ticks += 1
+            self._next_tick = nimg + self.schedule.tick
+        self._recorded = nimg
+        if nimg > 0:
+            self._save_state()
+        if not final and self._is_much_worse(results):
+            self.stopped = "stop_if_worse"
         return note
 
     def _snapshot(self) -> dict[str, float]:
         nimg = self.trainer.nimg
-        results = self._evaluate() if self._evaluate else {}
-        kimg = f"{nimg // 1000:06d}"
-        path = None
-        if nimg > 0:  # at the start the file would be a copy of what was given
-            path = self.run.path / f"network-snapshot-{kimg}.pkl"
-            persistence.save(self._networks(), path)
+        results = distributed.broadcast_object(self._evaluate()) if self._evaluate else {}
+        path = self._save_network() if nimg > 0 else None  # at the start the file would be a copy of what was given
         snapshot = Snapshot(nimg, path, results)
-        if self._picture is not None:
-            self._picture(self.run.path / (f"fakes{kimg}.png" if nimg else "fakes_init.png"))
+        if self._picture is not None and distributed.is_first():
+            image = self.run.path / (f"fakes{nimg // 1000:06d}.png" if nimg else "fakes_init.png")
+            with checkpoint.saving(image):
+                self._picture(image)
         if self.first is None:
             self.first = snapshot
-        replaced = [self.last, self.best]
         self.last = snapshot
         if path is not None and (self.best is None or self._is_better(results, self.best.results)):
             self.best = snapshot
-        kept = {s.path for s in (self.first, self.best, self.last) if s is not None}
-        if nimg > 0:
-            self._save_state(kimg)
-        for old in replaced:
-            if old is not None and old.path is not None and old.path not in kept:
-                old.path.unlink(missing_ok=True)
         return results
 
-    def _save_state(self, kimg: str) -> None:
-        """Write the new training state, then remove the older ones."""
+    def _save_network(self) -> Path:
+        path = self.run.path / f"network-snapshot-{self.trainer.nimg // 1000:06d}.pkl"
+        if distributed.is_first():
+            with checkpoint.saving(path):
+                persistence.save(self._networks(), path)
+        self._files = [name for name in self._files if name != path.name] + [path.name]
+        return path
 
-        def plain(s):
+    def _save_state(self) -> None:
+        """Write a training state, then remove what is too old; also before that, nothing that an older state needs."""
+        keep = self.schedule.keep
+        self._bests = (self._bests + [_name(self.best)])[-keep:]
+        wanted = {*self._files[-keep:], *self._bests, _name(self.last)}
+        old = [name for name in self._files if name not in wanted]
+        self._files = [name for name in self._files if name in wanted]
+        if not distributed.is_first():
+            return
+        state = {"trainer": self.trainer.state_dict(), "loop": self._state()}
+        checkpoint.save(checkpoint.path_of(self.run.path, self.trainer.nimg), state)
+        checkpoint.prune(self.run.path, keep)
+        for name in old:
+            (self.run.path / name).unlink(missing_ok=True)
+
+    def _save_interrupted(self) -> None:
+        """Save between two ticks, the state first: there may be little time.
+
+        The loop's counters stay as they are, so that the run goes on as if nothing had happened.
+        """
+        nimg = self.trainer.nimg
+        if nimg == 0:
+            return
+        self.trainer.check_finite(self._last_good())
+        path = self.run.path / f"network-snapshot-{nimg // 1000:06d}.pkl"
+        # Files are named by whole thousands: the snapshot of this moment must not replace one that was measured.
+        replaceable = path.name not in {*self._files, *self._bests}
+        if replaceable:
+            self._files.append(path.name)
+        self._save_state()
+        if replaceable:
+            self._save_network()
+            self.last = Snapshot(nimg, path)
+
+    def _state(self) -> dict[str, Any]:
+        def plain(s: Snapshot | None):
             return None if s is None else [s.nimg, None if s.path is None else s.path.name, s.results]
 
-        loop = {
+        return {
             "first": plain(self.first),
             "best": plain(self.best),
             "last": plain(self.last),
-            "ticks": self._ticks + 1,
+            "files": self._files,
+            "bests": self._bests,
+            "ticks": self._ticks,
+            "next_tick": self._next_tick,
+            "recorded": self._recorded,
+            "means": self._means.state_dict(),
+            "train": [self.train_images, self.train_seconds],
+            "tick": [self._tick_images, self._tick_seconds],
         }
-        path = self.run.path / f"training-state-{kimg}.pt"
+
+    def _restore(self, state: dict[str, Any], path: Path) -> None:
         try:
-            with misc.open_atomic(path) as file:
-                torch.save({"trainer": self.trainer.state_dict(), "loop": loop}, file)
-        except RuntimeError as error:  # what torch.save makes of a failed write
-            reason = str(error).splitlines()[0]
-            raise RunError(
-                f"{path} could not be written ({reason}); free some space, then continue with --resume={self.run.path}"
-            ) from None
-        for entry in self.run.path.iterdir():
-            if STATE_PATTERN.search(entry.name) and entry != path:
-                entry.unlink(missing_ok=True)
+            self.trainer.load_state_dict(state["trainer"])
+            self._load(state["loop"])
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"--resume: {path} cannot be continued from ({reason})") from None
+
+    def _load(self, state: dict[str, Any]) -> None:
+        def snapshot(value) -> Snapshot | None:
+            if value is None:
+                return None
+            nimg, name, results = value
+            return Snapshot(nimg, None if name is None else self.run.path / name, results)
+
+        self.first, self.best, self.last = (snapshot(state[name]) for name in ("first", "best", "last"))
+        if self.best is not None and not self.best.path.is_file():
+            self.run.log(f"warning: {self.best.path} is missing; the next snapshot counts as the best")
+            self.best = None
+        self._files, self._bests = list(state["files"]), list(state["bests"])
+        self._ticks, self._recorded = state["ticks"], state["recorded"]
+        self._next_tick = min(state["next_tick"], self.trainer.nimg + self.schedule.tick)
+        self._means.load_state_dict(state["means"])
+        self.train_images, self.train_seconds = state["train"]
+        self._tick_images, self._tick_seconds = state["tick"]
+
+    # ------------------------------------------------------------------------------------------------------------------
 
     def _is_better(self, results: dict[str, float], other: dict[str, float]) -> bool:
         if not results or not other:
             return True  # nothing to compare by: the newest counts
         new, old = next(iter(results.values())), next(iter(other.values()))
-        return new > old if self._higher else new < old
+        return math.isnan(old) or (new > old if self._higher else new < old)
+
+    def _is_much_worse(self, results: dict[str, float]) -> bool:
+        """Whether the first metric went from that of the start to the worse by more than the allowed factor."""
+        factor = self.schedule.stop_if_worse
+        if not factor or not results or self.first is None or not self.first.results:
+            return False
+        now, start = next(iter(results.values())), next(iter(self.first.results.values()))
+        if start <= 0:  # as a kernel distance can be: a multiple of it says nothing
+            return False
+        return not (now >= start / factor if self._higher else now <= start * factor)  # NaN is worse
 
     def _last_good(self) -> str:
         return str(self.last.path) if self.last is not None and self.last.path is not None else "none yet"
 
 
-def find_run_to_resume(path: str | os.PathLike) -> tuple[RunDirectory, Path]:
-    """The run directory and its newest training state, from a run directory or a state file.
-
-    Raises:
-        InputError: neither, or a run that has saved nothing yet.
-    """
-    path = Path(path)
-    if path.is_dir():
-        run = RunDirectory(path)
-        state = run.newest_state()
-        if state is None:
-            raise InputError(f"--resume={path}: no training-state-*.pt there; name a run directory that has one")
-        return run, state
-    if path.is_file() and STATE_PATTERN.search(path.name):
-        return RunDirectory(path.parent), path
-    raise InputError(f"--resume={path}: not a run directory and not a training-state-*.pt file")
+def _name(snapshot: Snapshot | None) -> str | None:
+    return None if snapshot is None or snapshot.path is None else snapshot.path.name
 
 
 def measure(
     evaluator: Evaluator, sampler, seed: int, run: RunDirectory, snapshot: str | None, what: str = "measuring"
 ) -> dict[str, float]:
-    """Measure a sampler, append the results to the run's `metric-<name>.jsonl` files, and return them by name."""
-    with cli.progress(evaluator.num_images, what, "img") as bar:
-        results = evaluator(sampler, seed=seed, progress=bar.update)
-    for result in results:
-        write_jsonl(run.path, result, snapshot)
+    """Measure a sampler, append the results to the run's `metric-<name>.jsonl` files, and return them by name.
+
+    Raises:
+        stopping.Interrupted: inside a loop, when a signal asks it to stop.
+    """
+
+    def progress(count: int) -> None:
+        bar.update(count)
+        stopping.check()
+
+    with cli.progress(evaluator.num_images, what, "img", enabled=distributed.is_first()) as bar:
+        results = evaluator(sampler, seed=seed, progress=progress)
+    if distributed.is_first():
+        for result in results:
+            write_jsonl(run.path, result, snapshot)
     return {name: value for result in results for name, value in result.values.items()}
