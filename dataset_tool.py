@@ -1,22 +1,13 @@
 """Convert images into a data set: `python dataset_tool.py --source=photos --dest=photos-64x64.zip --resolution=64`."""
 
-import contextlib
-import hashlib
-import io
-import json
 import os
 import pickle
 import re
 import tarfile
-import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
-from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 import click
 import numpy as np
@@ -24,7 +15,9 @@ import PIL
 from PIL import Image
 
 from di_refine import cli
+from di_refine.archive import Picture, map_in_order, new_folders, tool, write_archive
 from di_refine.data import ImageFiles
+from di_refine.download import sha256_of
 from di_refine.errors import InputError
 from torch_utils.misc import open_atomic
 
@@ -102,19 +95,22 @@ def main(source, dest, resolution, transform, resize_filter, max_images, labels,
         "resize_filter": resize_filter,
         "colour": colour,
         "max_images": max_images,
-        "tool": f"di-refine {_version()}",
+        "tool": tool(),
         "pillow": PIL.__version__,
     }
-    with new_folders(dest.parent), open_atomic(dest) as file:
-        first = write_archive(file, map_in_order(convert, range(len(images.names))), images, record)
+    total = len(images.names)
+    with new_folders(dest.parent), open_atomic(dest) as file, cli.progress(total, "converting", "img") as bar:
+        first = write_archive(
+            file, map_in_order(convert, range(total)), images.labels, record, images.classes, bar.update
+        )
     cli.print_result(
         {
             "dest": dest,
-            "images": len(images.names),
+            "images": total,
             "resolution": first.size[0],
             "channels": 1 if first.mode == "L" else 3,
             "classes": images.num_classes,
-            "sha256": _sha256(dest),
+            "sha256": sha256_of(dest),
         }
     )
 
@@ -340,99 +336,6 @@ def fit(image: Image.Image, name: str, size: int | None, transform: str, resize_
     if size is not None and image.width != size:
         image = image.resize((size, size), Image.Resampling[resize_filter.upper()])
     return image
-
-
-@dataclass
-class Picture:
-    """A finished image: its PNG file and what must agree between all of them."""
-
-    name: str
-    size: tuple[int, int]
-    mode: str
-    png: bytes
-
-    @staticmethod
-    def encode(image: Image.Image, name: str) -> "Picture":
-        """Encode the pixels alone, without the metadata (colour profile, text) that Pillow carries along."""
-        file = io.BytesIO()
-        Image.frombytes(image.mode, image.size, image.tobytes()).save(file, format="PNG", compress_level=6)
-        return Picture(name, image.size, image.mode, file.getvalue())
-
-
-def map_in_order(function: Callable[[int], Picture], items: Iterable[int]) -> Iterator[Picture]:
-    """`map` on all processor cores, in order, without running far ahead of the consumer."""
-    items = iter(items)
-    with ThreadPoolExecutor() as pool:
-        while chunk := list(islice(items, 256)):
-            yield from pool.map(function, chunk)
-
-
-def write_archive(file: IO[bytes], pictures: Iterable[Picture], source: Source, record: dict) -> Picture:
-    """Write the zip file of a data set.
-
-    Returns:
-        The first picture.
-
-    Raises:
-        InputError: naming the first image whose size or colour differs from those before it.
-    """
-    first, written = None, []
-    with zipfile.ZipFile(file, "w") as archive, cli.progress(len(source.names), "converting", "img") as bar:
-        for index, picture in enumerate(pictures):
-            first = first or picture
-            if picture.size != first.size:
-                raise InputError(
-                    f"image {picture.name} is {picture.size[0]}x{picture.size[1]} but {first.name} is "
-                    f"{first.size[0]}x{first.size[1]}; bring them to one size with --resolution"
-                )
-            if picture.mode != first.mode:
-                raise InputError(
-                    f"image {picture.name} has Pillow mode {picture.mode} but {first.name} has {first.mode}; choose "
-                    "--grey or --rgb"
-                )
-            written.append(f"{index // 1000:05d}/img{index:08d}.png")
-            archive.writestr(_entry(written[-1]), picture.png)
-            bar.update()
-        labels = None if source.labels is None else [list(pair) for pair in zip(written, source.labels)]
-        content = {"labels": labels, **({"classes": source.classes} if source.classes else {}), "conversion": record}
-        archive.writestr(_entry("dataset.json"), json.dumps(content))
-    return first
-
-
-def _entry(name: str) -> zipfile.ZipInfo:
-    """A zip entry that is the same on every day and system."""
-    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-    entry.create_system, entry.external_attr, entry.compress_type = 3, 0o644 << 16, zipfile.ZIP_STORED
-    return entry
-
-
-@contextlib.contextmanager
-def new_folders(path: Path) -> Iterator[None]:
-    """Create a folder and its parents for the block, and take them away again if it fails."""
-    created = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        for folder in created:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _version() -> str:
-    try:
-        return metadata.version("di-refine")
-    except metadata.PackageNotFoundError:  # run from a checkout
-        return "0.1.0"
 
 
 if __name__ == "__main__":

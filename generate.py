@@ -21,7 +21,9 @@ from di_refine.generators import load_sampler
 @click.option("--truncation", type=cli.Number(), default=1.0, help="Truncation psi; for StyleGAN2.")
 @click.option("--steps", type=cli.POSITIVE_INT, default=18, help="Sampling steps; for a diffusion model.")
 @click.option(
-    "--init-sigma", type=cli.POSITIVE_NUMBER, help="Use an EDM network as a one-step generator from this level."
+    "--init-sigma",
+    type=cli.POSITIVE_NUMBER,
+    help="Use an EDM network as a one-step generator from this level.  [default: from the file]",
 )
 @click.option(
     "--noise-mode", type=click.Choice(["const", "random", "none"]), default="const", help="Noise; for StyleGAN2."

@@ -24,7 +24,11 @@ _AVERAGES = ("G_ema", "ema")  # what people use a file for
     "--noise-mode", type=click.Choice(["const", "none"]), default="const", help="ONNX of a StyleGAN2 network."
 )
 @click.option("--truncation", type=cli.Number(), default=1.0, help="ONNX of a StyleGAN2 network: truncation psi.")
-@click.option("--init-sigma", type=cli.POSITIVE_NUMBER, help="ONNX of a one-step EDM generator: its noise level.")
+@click.option(
+    "--init-sigma",
+    type=cli.POSITIVE_NUMBER,
+    help="ONNX of a one-step EDM generator: its noise level.  [default: from the file]",
+)
 @click.pass_context
 def main(ctx, source, dest, overwrite, key, noise_mode, truncation, init_sigma):
     """Convert a network file, after checking it as every command does; nothing in it is executed.
@@ -96,12 +100,15 @@ def _model(networks, path, key, noise_mode, truncation, init_sigma) -> tuple[str
             raise InputError(f"--init-sigma is for one-step EDM generators, and {key} is a StyleGAN2 generator")
         return key, onnx_export.StyleGAN2Model(net, noise_mode, truncation)
     if hasattr(net, "round_sigma"):
-        if init_sigma is None:
+        sigmas = networks.get("distilled_sigmas", []) if init_sigma is None else [init_sigma]
+        if len(sigmas) > 1:
+            raise InputError(f"{path} makes images in {len(sigmas)} steps; only one-step generators go into ONNX files")
+        if not sigmas:
             raise InputError(
                 f"--init-sigma is needed: {key} is an EDM network, which generates images in one step only if it was "
                 "distilled to do so, from that noise level"
             )
-        return key, onnx_export.OneStepModel(net, init_sigma)
+        return key, onnx_export.OneStepModel(net, sigmas[0])
     raise InputError(f"--key={key} is a {type(net).__name__}, not a generator")
 
 

@@ -6,12 +6,15 @@ A generator for `di_refine.trainer.Trainer` is any module called as `generator(z
 image index and seed: the same image has the same pixels whatever the batch size.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from di_refine.edm import sampler as edm_sampler
 from di_refine.errors import InputError
 from di_refine.images import to_uint8
+from di_refine.noise import EdmGrid
 from torch_utils import misc, persistence
 
 
@@ -30,22 +33,53 @@ class StyleGAN2Generator(torch.nn.Module):
         return self.net(z, labels, noise_mode=self.noise_mode)
 
 
-class OneStepGenerator(torch.nn.Module):
-    """A diffusion network that maps noise to images in one step, `x0 = D(s_init z, s_init, c)` (arXiv 2305.18455,
-    section 4.1).
+class DistilledGenerator(torch.nn.Module):
+    """A diffusion network that makes images in one step or a few.
+
+    One step is `x0 = D(s_1 z, s_1, c)` (arXiv 2305.18455, section 4.1). Further steps put noise of lower levels on the
+    result and denoise again, `x0 <- D(x0 + s_k z_k, s_k, c)`. In training mode the images of a random step are
+    returned, with the earlier ones as givens, so that every step learns from the images that it will meet (the backward
+    simulation of DMD2, arXiv 2405.14867, section 4.5).
+
+    Args:
+        net: the denoiser. Its dropout stays off, in training as well.
+        sigmas: falling noise levels, one per step.
     """
 
-    def __init__(self, net: torch.nn.Module, init_sigma: float = 1.0):
+    def __init__(self, net: torch.nn.Module, sigmas: Sequence[float] = (1.0,)):
         super().__init__()
         self.net = net
-        self.init_sigma = init_sigma
-        self.latent_shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        self.sigmas = tuple(float(sigma) for sigma in sigmas)
+        image = (net.img_channels, net.img_resolution, net.img_resolution)
+        self.latent_shape = image if len(self.sigmas) == 1 else (len(self.sigmas), *image)
         self.label_dim = net.label_dim
 
+    def train(self, mode: bool = True) -> "DistilledGenerator":
+        """Whether a random step's images are returned, or the last one's."""
+        super().train(mode)
+        self.net.eval()
+        return self
+
     def forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """`[N, C, R, R]`, `[N, label_dim]` -> images `[N, C, R, R]`."""
-        sigma = torch.full([len(z)], self.init_sigma, device=z.device)
-        return self.net(z * self.init_sigma, sigma, labels)
+        """Unit normals `[N, C, R, R]` or `[N, steps, C, R, R]`, labels `[N, label_dim]` -> images `[N, C, R, R]`."""
+        z = z.reshape(len(z), len(self.sigmas), *z.shape[-3:])
+        last = len(self.sigmas) - 1
+        if self.training and last:
+            last = int(torch.randint(last + 1, []))  # drawn on the CPU: the device is not waited for
+        x0: torch.Tensor | float = 0.0
+        for step, sigma in enumerate(self.sigmas[: last + 1]):
+            x = x0 + sigma * z[:, step]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and step == last):
+                x0 = self.net(x, torch.full([len(z)], sigma, device=z.device), labels)
+        return x0
+
+
+def step_sigmas(steps: int, init_sigma: float) -> list[float]:
+    """Noise levels of a generator of a few steps: EDM's spacing (arXiv 2206.00364, equation 5, rho 7) from `init_sigma`
+    down to 0.1, below which images hardly change, without that end.
+    """
+    grid = EdmGrid(min(0.1, init_sigma), init_sigma)
+    return [init_sigma, *grid.level(1 - torch.arange(1, steps, dtype=torch.float64) / steps).tolist()]
 
 
 def latents(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
@@ -69,9 +103,9 @@ class NetworkSampler:
         label: fixed class; None draws classes with `class_probs`.
         class_probs: `[label_dim]` frequencies; None is uniform.
         chunk: images per forward pass. Chunks begin at multiples of it, whatever is asked for, so random noise inputs
-            do not
-            depend on the caller's batch size.
-        init_sigma: not None makes a denoiser a one-step generator from this noise level.
+            do not depend on the caller's batch size.
+        sigmas: makes a denoiser a `DistilledGenerator` of these noise levels; None samples it.
+        bridge: applied to the images, see `di_refine.bridge`.
     """
 
     def __init__(
@@ -83,7 +117,8 @@ class NetworkSampler:
         label: int | None = None,
         class_probs: np.ndarray | None = None,
         chunk: int = 128,
-        init_sigma: float | None = None,
+        sigmas: Sequence[float] | None = None,
+        bridge: torch.nn.Module | None = None,
     ):
         self.net = net.to(device)
         self.device = torch.device(device)
@@ -92,9 +127,12 @@ class NetworkSampler:
         self.label_dim = net.label_dim if self.is_diffusion else net.c_dim
         self.num_steps, self.truncation_psi = num_steps, truncation_psi
         self.label, self.class_probs, self.chunk = label, class_probs, chunk
-        self.init_sigma = init_sigma
+        self.distilled = None if sigmas is None else DistilledGenerator(self.net, sigmas).eval()
         image = (self.num_channels, self.resolution, self.resolution)
         self.latent_shape = image if self.is_diffusion else (net.z_dim,)
+        if self.distilled is not None:
+            self.latent_shape = self.distilled.latent_shape
+        self.bridge = torch.nn.Identity() if bridge is None else bridge.to(device)
         if label is not None and not 0 <= label < max(self.label_dim, 1):
             known = f"0 to {self.label_dim - 1}" if self.label_dim else "no classes"
             raise InputError(f"--class={label} is not a class of this network, which has {known}.")
@@ -120,13 +158,13 @@ class NetworkSampler:
         training = self.net.training
         self.net.eval()
         try:
-            return self._forward(z, c, noise_seed, noise_mode)
+            return self.bridge(self._forward(z, c, noise_seed, noise_mode))
         finally:
             self.net.train(training)
 
     def _forward(self, z: torch.Tensor, c: torch.Tensor, noise_seed: int, noise_mode: str) -> torch.Tensor:
-        if self.init_sigma is not None:
-            return OneStepGenerator(self.net, self.init_sigma)(z, c)
+        if self.distilled is not None:
+            return self.distilled(z, c)
         if self.is_diffusion:
             return edm_sampler.sample(self.net, z, c if self.label_dim else None, num_steps=self.num_steps).float()
         cuda = [self.device] if self.device.type == "cuda" else []
@@ -164,6 +202,24 @@ def load_networks(path) -> tuple[str, dict]:
     )
 
 
+def load_kind(path, kind: str, option: str) -> dict:
+    """A network file that has to be of one kind, 'stylegan2' or 'edm': a diffusion model that was not distilled.
+
+    Raises:
+        InputError: naming the option, when it is no network file or of another kind.
+    """
+    names = {"stylegan2": "a StyleGAN2 generator", "edm": "an EDM diffusion model"}
+    try:
+        found, networks = load_networks(path)
+    except persistence.NetworkFormatError as error:
+        raise InputError(f"{option}: {error}") from None
+    if found != kind:
+        raise InputError(f"{option}={path} is {names[found]}, not {names[kind]}")
+    if networks.get("distilled_sigmas") is not None:
+        raise InputError(f"{option}={path} was distilled to few steps, so it is no diffusion model any more")
+    return networks
+
+
 def load_sampler(
     path,
     steps: int = 18,
@@ -173,9 +229,13 @@ def load_sampler(
     class_probs: np.ndarray | None = None,
     init_sigma: float | None = None,
 ) -> NetworkSampler:
-    """A sampler over the averaged network in a pickle; arguments as for `NetworkSampler`."""
+    """A sampler over the averaged network in a pickle; arguments as for `NetworkSampler`.
+
+    A distilled generator says so in its file (`distilled_sigmas`); `init_sigma` makes any denoiser one of one step.
+    """
     kind, networks = load_networks(path)
     net = networks["G_ema"] if kind == "stylegan2" else networks.get("ema", networks.get("G_ema"))
     if init_sigma is not None and kind != "edm":
         raise InputError(f"--init-sigma is for EDM networks, and {path} is a StyleGAN2 generator")
-    return NetworkSampler(net, device, steps, truncation, label, class_probs, init_sigma=init_sigma)
+    sigmas = networks.get("distilled_sigmas") if init_sigma is None else [init_sigma]
+    return NetworkSampler(net, device, steps, truncation, label, class_probs, sigmas=sigmas)
