@@ -35,22 +35,27 @@ LogRatio = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Divergence:
-    """An f-divergence `D_f(q || p) = E_p[f(r)]` by what its gradients need, as functions of the ratio r = q / p."""
+    """An f-divergence `D_f(q || p) = E_p[f(r)]`, r = q / p: its definition and what its gradients need."""
 
+    f: Callable[[torch.Tensor], torch.Tensor]
     h: Callable[[torch.Tensor], torch.Tensor]  # r^2 f''(r)
     c: Callable[[torch.Tensor], torch.Tensor]  # h(r) - r h'(r)
 
 
 DIVERGENCES = {
-    "rkl": Divergence(lambda r: torch.ones_like(r), lambda r: torch.ones_like(r)),  # f = -log r
-    "fkl": Divergence(lambda r: r, lambda r: torch.zeros_like(r)),  # f = r log r
-    "jeffreys": Divergence(lambda r: 1 + r, lambda r: torch.ones_like(r)),  # f = (r - 1) log r
-    "js": Divergence(lambda r: r / (2 * (1 + r)), lambda r: r**2 / (2 * (1 + r) ** 2)),
-    "hellinger": Divergence(lambda r: r.sqrt() / 2, lambda r: r.sqrt() / 4),  # f = (sqrt r - 1)^2
-    "chi2": Divergence(lambda r: 2 * r**2, lambda r: -2 * r**2),  # f = (r - 1)^2
-    "neyman": Divergence(lambda r: 2 / r, lambda r: 4 / r),  # f = (1 - r)^2 / r
+    "rkl": Divergence(lambda r: -r.log(), lambda r: torch.ones_like(r), lambda r: torch.ones_like(r)),
+    "fkl": Divergence(lambda r: r * r.log(), lambda r: r, lambda r: torch.zeros_like(r)),
+    "jeffreys": Divergence(lambda r: (r - 1) * r.log(), lambda r: 1 + r, lambda r: torch.ones_like(r)),
+    "js": Divergence(
+        lambda r: (r * r.log() - (r + 1) * ((r + 1) / 2).log()) / 2,
+        lambda r: r / (2 * (1 + r)),
+        lambda r: r**2 / (2 * (1 + r) ** 2),
+    ),
+    "hellinger": Divergence(lambda r: (r.sqrt() - 1) ** 2, lambda r: r.sqrt() / 2, lambda r: r.sqrt() / 4),
+    "chi2": Divergence(lambda r: (r - 1) ** 2, lambda r: 2 * r**2, lambda r: -2 * r**2),
+    "neyman": Divergence(lambda r: (1 - r) ** 2 / r, lambda r: 2 / r, lambda r: 4 / r),
 }
-"""js is f = (r log r - (r + 1) log((r + 1) / 2)) / 2; the others have their f beside them."""
+"""By name: reverse KL, forward KL, Jeffreys, Jensen-Shannon, squared Hellinger, Pearson and Neyman chi-squared."""
 
 
 @dataclass(frozen=True)
