@@ -6,8 +6,10 @@ noise (`SIGMA`) is added to both, because then both densities are smooth and kno
 generator's as an integral over its two-dimensional latent.
 """
 
+import itertools
 import math
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -20,6 +22,7 @@ from di_refine.trainer import Trainer, TrainerConfig
 from torch_utils import misc
 
 SIGMA = 0.2  # the noise level at which densities are compared
+SIGMA_OWN = 0.6  # that for an objective's own divergence: in the middle of the levels it is trained at
 EXTENT = 5.0  # the plane ends here, in both directions
 CELLS = 100  # per axis
 
@@ -45,6 +48,11 @@ class MixtureDenoiser(torch.nn.Module):
         var = self.std**2 + expand_as(sigma, x) ** 2
         centre = self._logits(x, var).softmax(-1) @ self.means
         return centre + self.std**2 / var * (x - centre)
+
+    def sample(self, n: int, rng: torch.Generator) -> torch.Tensor:
+        """Draw points `[n, 2]` without noise."""
+        which = torch.randint(len(self.means), [n], generator=rng)
+        return self.means[which] + self.std * torch.randn(n, 2, generator=rng)
 
     def log_prob(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
         """Log density `[...]` at points `[..., 2]`, after noise of level `sigma`."""
@@ -81,6 +89,21 @@ class PlaneGenerator(torch.nn.Module):
         return self.net(z) + 0.5 * z + self.start
 
 
+class PointGenerator(torch.nn.Module):
+    """A single point that ignores its latent: a generator without randomness, for score distillation sampling."""
+
+    latent_shape = (2,)
+    label_dim = 0
+
+    def __init__(self):
+        super().__init__()
+        self.point = torch.nn.Parameter(torch.tensor([-3.5, 3.0]))
+
+    def forward(self, z: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """`[N, 2]` latents -> the point, `[N, 2]`."""
+        return self.point.expand(len(z), 2)
+
+
 class PlaneDenoiser(torch.nn.Module):
     """A small network with EDM's preconditioning (arXiv 2206.00364, table 1): the student score."""
 
@@ -88,6 +111,11 @@ class PlaneDenoiser(torch.nn.Module):
         super().__init__()
         self.net = _mlp(3, width)
         self.sigma_data = sigma_data
+
+    @property
+    def last_hidden(self) -> torch.nn.Module:
+        """The layer in front of the output, whose features the density ratio is made from."""
+        return self.net[-2]
 
     def forward(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """`[N, 2]` points, `[N]` noise levels -> `[N, 2]` denoised points."""
@@ -123,43 +151,81 @@ def generator_density(generator: torch.nn.Module, sigma: float = SIGMA, nodes: i
     return density / (2 * math.pi * sigma**2)
 
 
-def distances(generator: torch.nn.Module, teacher: MixtureDenoiser, sigma: float = SIGMA) -> dict[str, float]:
-    """KL(generator || teacher) and the Jensen-Shannon divergence, in nats, both after noise of level `sigma`.
+def distances(
+    generator: torch.nn.Module, teacher: MixtureDenoiser, names: tuple[str, ...] = ("rkl", "js"), sigma: float = SIGMA
+) -> dict[str, float]:
+    """Divergences of generator and teacher, both after noise of level `sigma`, by quadrature over the plane.
+
+    Args:
+        generator: the generator, whose density is p.
+        teacher: the teacher, whose density is q.
+        names: keys of `objectives.DIVERGENCES`, for `D_f(q || p)` in nats ('rkl' is KL(p || q)), or 'fisher' for
+            `E_p |grad log p - grad log q|^2`.
+        sigma: noise level.
 
     Raises:
         ValueError: the generator has left the part of the plane that is integrated over.
     """
     axis, points = plane()
-    area = float(axis[1] - axis[0]) ** 2
+    step = float(axis[1] - axis[0])
     p = generator_density(generator, sigma).double()
-    log_q = teacher.log_prob(points.double(), sigma)
-    mass = p.sum().item() * area
+    mass = p.sum().item() * step**2
     if not abs(mass - 1) < 0.02:
         raise ValueError(f"only {mass:.3f} of the generator's samples are within {EXTENT:g} of the middle")
-    q, log_p = log_q.exp(), p.clamp_min(1e-300).log()
-    log_mean = ((p + q) / 2).clamp_min(1e-300).log()
-    kl = (p * (log_p - log_q)).sum() * area
-    js = ((p * (log_p - log_mean)).sum() + (q * (log_q - log_mean)).sum()) / 2 * area
-    return {"kl": kl.item(), "js": js.item()}
+    log_r = teacher.log_prob(points.double(), sigma) - p.clamp_min(1e-30).log()
+    found = {}
+    for name in names:
+        if name == "fisher":
+            integrand = sum(slope**2 for slope in torch.gradient(log_r, spacing=step))
+        else:
+            integrand = objectives.DIVERGENCES[name].f(log_r.exp())
+        found[name] = (p.clamp_min(1e-30) * integrand).sum().item() * step**2
+    return found
+
+
+def own_divergence(objective: str) -> str:
+    """The name, as in `distances`, of what an objective minimises."""
+    if objective in ("sim", "sid"):
+        return "fisher"
+    return objective.split("-")[1] if "-" in objective else "rkl"
+
+
+def reference(teacher: MixtureDenoiser, batch: int, seed: int) -> Callable[[int], Iterator]:
+    """Samples of the teacher for a trainer, a function of the seed and of the number of images seen."""
+
+    def stream(start_nimg: int):
+        for nimg in itertools.count(start_nimg, batch):
+            rng = torch.Generator().manual_seed(misc.derive_seed(seed, nimg, "playground"))
+            yield teacher.sample(batch, rng), torch.zeros(batch, 0)
+
+    return stream
 
 
 def make_trainer(teacher: MixtureDenoiser, objective: str = "ikl", seed: int = 0, **settings) -> Trainer:
     """The real trainer on plane-sized networks; `settings` override those of `TrainerConfig`."""
+    known = objectives.get(objective)
     config = {
         "objective": objective,
-        "lr": 1e-3,
+        "lr": 1e-3 if known.needs_student else 1e-2,
         "score_lr": 2e-3,
         "batch": 512,
         "sigma": LogNormal(-0.5, 1.0, 0.05, 10.0),
-        "score_warmup": 512 * 200,
+        "score_warmup": 512 * 200 if known.needs_student else 0,
+        "ratio_weight": 0.1,
+        # The chi-squared weight grows with the ratio's square; from a start this bad, rare samples would outweigh all.
+        "ratio_clamp": 4.0 if objective.endswith("chi2") else 10.0,
         "ema_nimg": 512 * 50,
         "sigma_data": 1.0,
         "seed": seed,
     }
+    config |= settings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(misc.derive_seed(seed, "playground"))
-        generator, student = PlaneGenerator(), PlaneDenoiser()
-    return Trainer(generator, teacher, TrainerConfig(**{**config, **settings}), student)
+        generator, student = PlaneGenerator() if known.needs_student else PointGenerator(), PlaneDenoiser()
+    samples = reference(teacher, config["batch"], seed) if known.needs_ratio else None
+    return Trainer(
+        generator, teacher, TrainerConfig(**config), student, reference=samples, ratio_layer=student.last_hidden
+    )
 
 
 def _picture(path: Path, panels: list[tuple[str, torch.Tensor]]) -> None:
@@ -177,7 +243,7 @@ def _picture(path: Path, panels: list[tuple[str, torch.Tensor]]) -> None:
 
 
 @cli.command()
-@click.option("--objective", default="ikl", metavar="NAME", help="An objective that needs no density ratio.")
+@click.option("--objective", type=click.Choice(objectives.NAMES), default="ikl", help="What pulls the generator.")
 @click.option("--steps", type=cli.Integer(1), default=1500, help="Generator updates, of 512 samples each.")
 @click.option("--seed", type=cli.Integer(0), default=0, help="Seed of everything.")
 @click.option("--picture", default="playground.png", metavar="PATH", help="Where to draw the densities.")
@@ -185,20 +251,19 @@ def _picture(path: Path, panels: list[tuple[str, torch.Tensor]]) -> None:
 def main(objective, steps, seed, picture, no_picture):
     """Refine a small generator in the plane, and measure it exactly.
 
-    The teacher is a ring of six Gaussians. Prints the divergences of generator and teacher before and after.
+    The teacher is a ring of six Gaussians. Prints divergences of generator and teacher before and after: KL(generator
+    || teacher) and Jensen-Shannon after little noise, and what the objective itself minimises after more.
     """
-    try:
-        known = objectives.get(objective)
-    except ValueError as error:
-        raise InputError(f"--objective: {error}") from None
-    if known.needs_ratio or not known.needs_student:
-        why = "a density ratio" if known.needs_ratio else "a generator without randomness"
-        raise InputError(f"--objective={objective} needs {why}, which the playground does not have")
     path = None if no_picture else cli.check_outfile(picture, "--picture")
     teacher = ring()
+    own = own_divergence(objective)
     trainer = make_trainer(teacher, objective, seed)
-    before, density_before = distances(trainer.ema, teacher), generator_density(trainer.ema)
 
+    def measure() -> dict[str, float]:
+        near = distances(trainer.ema, teacher)
+        return {"kl": near["rkl"], "js": near["js"], "own": distances(trainer.ema, teacher, (own,), SIGMA_OWN)[own]}
+
+    before, density_before = measure(), generator_density(trainer.ema)
     start, warmup = time.perf_counter(), trainer.config.score_warmup // trainer.config.batch
     with cli.progress(warmup + steps, desc=objective) as bar:
         for _ in range(warmup + steps):
@@ -207,15 +272,17 @@ def main(objective, steps, seed, picture, no_picture):
     trainer.check_finite()
     seconds = time.perf_counter() - start
 
-    after = distances(trainer.ema, teacher)
-    cli.table([[name, before[name], after[name]] for name in before], ["nats", "before", "after"])
+    after = measure()
+    titles = {"kl": f"KL, sigma {SIGMA}", "js": f"Jensen-Shannon, sigma {SIGMA}", "own": f"{own}, sigma {SIGMA_OWN}"}
+    cli.table([[titles[name], before[name], after[name]] for name in titles], ["divergence", "before", "after"])
     if path:
         exact = teacher.log_prob(plane()[1], SIGMA).exp()
         _picture(path, [("teacher", exact), ("before", density_before), ("after", generator_density(trainer.ema))])
     result = {
-        f"{name}_{when}": value for when, d in (("before", before), ("after", after)) for name, value in d.items()
+        f"{name}_{when}": found[name] for when, found in (("before", before), ("after", after)) for name in titles
     }
-    cli.print_result({"objective": objective, "steps": steps, **result, "sigma": SIGMA, "seconds": round(seconds, 1)})
+    result |= {"own": own, "reduction": 1 - after["own"] / before["own"], "seconds": round(seconds, 1)}
+    cli.print_result({"objective": objective, "steps": steps, **result})
 
 
 if __name__ == "__main__":
