@@ -1,11 +1,12 @@
 """The refine command on real (tiny) networks: what it writes, that it resumes exactly, and how it refuses bad input."""
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,11 @@ from click.testing import CliRunner
 from golden_io import GOLDEN
 from PIL import Image
 
+from di_refine import distillation, experiment, refinement, zoo
+from di_refine.distillation import DistillOptions
 from di_refine.metrics.smallnet import SmallConvNet, save_small
 from di_refine.refinement import RefineOptions
+from distill import main as distill
 from refine import main
 from torch_utils import persistence
 
@@ -97,7 +101,7 @@ def test_result_and_run_directory(measured):
     assert ticks[0]["fd1k_full@toy"] == pytest.approx(report["original"], rel=1e-5)
     rows = [json.loads(line) for line in (run / "metric-fd1k_full@toy.jsonl").read_text().splitlines()]
     assert [row["snapshot_pkl"] for row in rows] == [None, "network-snapshot-000000.pkl", None]
-    assert json.loads((run / "training_options.json").read_text())["teacher_file"] == str(T_COND)
+    assert json.loads((run / "training_options.json").read_text())["teacher_files"] == [str(T_COND)]
 
 
 def test_snapshot_is_the_original_file_with_other_weights(measured):
@@ -154,6 +158,73 @@ def test_unconditional_networks_and_gradient_accumulation(tmp_path):
     assert "metric" not in report and persistence.load(report["snapshot"])["G_ema"].c_dim == 0
 
 
+@pytest.mark.parametrize(
+    "network, teacher", [("stylegan2-digits.pkl", "edm/adm_cond.pkl"), (G_UNCOND, "edm/ncsnpp.pkl")]
+)
+def test_a_teacher_of_another_size_or_colour(tmp_path, network, teacher):
+    """A bridge leads to the teacher's images, and back where the teacher is measured."""
+    changes = {"network": network, "teacher": GOLDEN / teacher, "kimg": 0.008, "metrics": "none"}
+    result = refine(*options(tmp_path, **changes))
+    assert result.exit_code == 0, result.stderr
+    before = persistence.load(zoo.resolve(network))["G_ema"]
+    after = persistence.load(json.loads(result.stdout.splitlines()[-1])["snapshot"])["G_ema"]
+    assert after.img_resolution == before.img_resolution and after.img_channels == before.img_channels
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+
+
+def test_two_teachers(tmp_path):
+    changes = {"network": G_UNCOND, "teacher": T_UNCOND, "metrics": "none", "kimg": 0.008}
+    more = [f"--teacher={T_UNCOND}", "--teacher-weight=0.5", "--teacher-weight=0.5"]
+    result = refine(*options(tmp_path / "two", **changes), *more)
+    assert result.exit_code == 0, result.stderr
+    alone = refine(*options(tmp_path / "one", **changes))
+    a, b = (persistence.load(json.loads(r.stdout.splitlines()[-1])["snapshot"])["G"] for r in (result, alone))
+    for x, y in zip(a.parameters(), b.parameters()):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)  # the mean of a score with itself is that score
+
+
+def data_set(folder, labels=True):
+    """Forty images of noise, 32x32, with classes in turn."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 256, [32, 32, 3], np.uint8)).save(folder / f"{i:02d}.png")
+    if labels:
+        rows = [[f"{i:02d}.png", i % 10] for i in range(40)]
+        (folder / "dataset.json").write_text(json.dumps({"labels": rows}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objective": "f-js"},
+        {"objective": "uni-fkl", "ratio_r1": 0.1, "score_steps": 2, "sigma_dist": "edm-grid"},
+        {"adversarial_weight": 0.1},
+        {"objective": "sid", "augment": 0.5, "dropout": "matched"},
+    ],
+    ids=str,
+)
+def test_options_of_the_objectives_resume_exactly(tmp_path, changes):
+    """What is learned beside the score (ratio, discriminator), and the order of the data, go on as if never stopped."""
+    if "sid" not in changes.values():
+        changes = {**changes, "data": data_set(tmp_path / "data")}
+    common = {"metrics": "none", "score_warmup": 0, **changes}
+    whole = refine(*options(tmp_path / "whole", **common, kimg=0.016))
+    assert whole.exit_code == 0, whole.stderr
+    first = refine(*options(tmp_path / "parts", **common, kimg=0.008))
+    run_dir = json.loads(first.stdout.splitlines()[-1])["run_dir"]
+    second = refine(*options(tmp_path / "parts", **common, kimg=0.016, resume=run_dir))
+    assert second.exit_code == 0, second.stderr
+    a, b = (persistence.load(json.loads(r.stdout.splitlines()[-1])["snapshot"]) for r in (whole, second))
+    for key in ("G", "G_ema", "D"):
+        for (name, x), y in zip(a[key].state_dict().items(), b[key].state_dict().values()):
+            assert torch.equal(x, y), f"{key}.{name}"
+    original = persistence.load(G_COND)["D"]
+    moved = any(not torch.equal(x, y) for x, y in zip(original.parameters(), a["D"].parameters()))
+    assert moved == ("adversarial_weight" in changes), "the discriminator trains where it is used, and only there"
+
+
 def test_dry_run_says_everything_and_writes_nothing(tmp_path):
     result = refine(*options(tmp_path / "new"), "--dry-run")
     assert result.exit_code == 0
@@ -162,14 +233,14 @@ def test_dry_run_says_everything_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_option_reaches_the_run():
-    """An option that nobody reads is a lie: each is a field of RefineOptions, or handled by the command itself."""
-    names = {parameter.name for parameter in main.params} - {"dry_run", "ops"}
-    assert names == {field.name for field in fields(RefineOptions)}
-    defaults = {field.name: field.default for field in fields(RefineOptions)}
-    for parameter in main.params:
-        if defaults.get(parameter.name) not in (None, MISSING):
-            assert parameter.default == defaults[parameter.name], parameter.name
+@pytest.mark.parametrize("command, options_class", [(main, RefineOptions), (distill, DistillOptions)])
+def test_every_option_reaches_the_run(command, options_class):
+    """An option that nobody reads is a lie: each is a field of the options, or handled by the command itself."""
+    names = {parameter.name for parameter in command.params} - {"dry_run", "ops"}
+    assert names == {field.name for field in fields(options_class)}
+    source = "".join(Path(module.__file__).read_text() for module in (experiment, refinement, distillation))
+    unread = {name for name in names - {"preset"} if not re.search(rf"\bo(ptions)?\.{name}\b|\"{name}\"", source)}
+    assert not unread
 
 
 def broken(tmp_path, kind):
@@ -190,12 +261,21 @@ def broken(tmp_path, kind):
         ({"network": "text"}, ["--network", "broken.pkl"]),
         ({"network": "truncated"}, ["--network", "broken.pkl"]),
         ({"network": "forbidden"}, ["--network", "broken.pkl", "os.system"]),
-        ({"network": T_COND}, ["--network", "EDM diffusion model", "--teacher"]),
-        ({"teacher": G_COND}, ["--teacher", "StyleGAN2 generator", "--network"]),
+        ({"network": T_COND}, ["--network", "EDM diffusion model"]),
+        ({"teacher": G_COND}, ["--teacher", "StyleGAN2 generator"]),
         ({"teacher": None}, ["--teacher is needed"]),
-        ({"teacher": GOLDEN / "edm/vp.pkl"}, ["resolution", "16", "32"]),
-        ({"network": G_GREY, "teacher": GOLDEN / "edm/vp.pkl"}, ["channels", "3", "1"]),
+        ({"teacher": GOLDEN / "edm/vp.pkl"}, ["classes", "10", "no"]),
         ({"teacher": T_UNCOND}, ["classes", "10", "no"]),
+        ({"objective": "f-js"}, ["--objective=f-js", "--data", "sample_teacher"]),
+        ({"adversarial_weight": 1}, ["--adversarial-weight", "--data"]),
+        ({"objective": "f-js", "data": "teacher"}, ["--data=teacher", "sample_teacher --teacher="]),
+        ({"objective": "f-js", "data": "nowhere.zip"}, ["--data=nowhere.zip"]),
+        ({"objective": "f-js", "data": "digits-16x16.zip"}, ["--data", "16x16", "32x32"]),
+        ({"objective": "sid", "alpha": 0}, ["--alpha", "greater than 0"]),
+        ({"objective": "sid", "alpha": 2.5}, ["--alpha", "at most 2"]),
+        ({"tmax": 1001}, ["--tmax", "at most 1000"]),
+        ({"teacher_weight": 0.5}, ["--teacher-weight must sum to 1"]),
+        ({"score_steps": 0}, ["--score-steps", "at least 1"]),
         ({"network": G_UNCOND}, ["classes", "unconditional teacher"]),
         ({"batch": 6, "batch_gpu": 4}, ["--batch=6", "--batch-gpu=4"]),
         ({"batch": 0}, ["--batch", "at least 1"]),
@@ -242,10 +322,28 @@ def test_unwritable_outdir(tmp_path):
     assert result.exit_code == 2 and "--outdir" in result.stderr
 
 
-def test_a_state_of_other_networks_is_refused(tmp_path):
+def test_another_experiment_does_not_continue_a_run(tmp_path):
     first = refine(*options(tmp_path, kimg=0.012, metrics="none"))
     run_dir = json.loads(first.stdout.splitlines()[-1])["run_dir"]
     other = refine(*options(tmp_path, metrics="none", network=G_UNCOND, teacher=T_UNCOND, resume=run_dir))
-    assert other.exit_code == 2 and "cannot be continued" in other.stderr
+    assert other.exit_code == 2 and "start a new one" in other.stderr
+    for name, value in (("objective", "sid"), ("batch", 8), ("seed", 1), ("score_steps", 2)):
+        other = refine(*options(tmp_path, metrics="none", resume=run_dir, **{name: value}))
+        assert other.exit_code == 2 and f"--{name.replace('_', '-')} was" in other.stderr, other.stderr
+    longer = refine(*options(tmp_path, metrics="none", resume="auto", kimg=0.016, lr=2e-3))
+    assert longer.exit_code == 0 and json.loads(longer.stdout.splitlines()[-1])["run_dir"] == run_dir
+    assert "kimg: 0.012 -> 0.016" in longer.stderr and "lr: 0.001 -> 0.002" in longer.stderr
     shutil.rmtree(run_dir)
     assert refine(*options(tmp_path, resume=run_dir)).exit_code == 2
+
+
+def test_a_run_that_gets_worse_or_late_stops(tmp_path, measured):
+    folder = Path(measured[0]["run_dir"]).parents[1]
+    metrics = {"metrics": "fd1k_full@toy", "detector": folder / "toy.safetensors", "ref": folder / "data"}
+    changes = {**metrics, "teacher_steps": 1, "lr": 1, "score_warmup": 0, "stop_if_worse": 1.01}
+    result = refine(*options(tmp_path / "worse", **changes))
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert result.exit_code == 0 and report["stopped"] == "stop_if_worse" and report["kimg"] < 0.024
+    result = refine(*options(tmp_path / "late", metrics="none", kimg=1000, max_minutes=0.01))
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert result.exit_code == 0 and report["stopped"] == "max_minutes" and Path(report["snapshot"]).exists()
