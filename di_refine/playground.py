@@ -10,6 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -242,6 +243,43 @@ def _picture(path: Path, panels: list[tuple[str, torch.Tensor]]) -> None:
         figure.savefig(file, format="png", dpi=100)
 
 
+@dataclass
+class Outcome:
+    """What an objective did to a generator, measured exactly.
+
+    Attributes:
+        trainer: as it ended.
+        before, after: 'kl' and 'js' at noise level `SIGMA`, 'own' at `SIGMA_OWN`.
+        density_before: of the generator, `[CELLS, CELLS]`.
+        seconds: of training.
+    """
+
+    trainer: Trainer
+    before: dict[str, float]
+    after: dict[str, float]
+    density_before: torch.Tensor
+    seconds: float
+
+
+def play(objective: str, steps: int = 1500, seed: int = 0) -> Outcome:
+    """Train the generator of the plane on an objective, and measure it before and after."""
+    teacher, own = ring(), own_divergence(objective)
+    trainer = make_trainer(teacher, objective, seed)
+
+    def measure() -> dict[str, float]:
+        near = distances(trainer.ema, teacher)
+        return {"kl": near["rkl"], "js": near["js"], "own": distances(trainer.ema, teacher, (own,), SIGMA_OWN)[own]}
+
+    before, density = measure(), generator_density(trainer.ema)
+    start, steps = time.perf_counter(), steps + trainer.config.score_warmup // trainer.config.batch
+    with cli.progress(steps, desc=objective) as bar:
+        for _ in range(steps):
+            trainer.step()
+            bar.update(1)
+    trainer.check_finite()
+    return Outcome(trainer, before, measure(), density, time.perf_counter() - start)
+
+
 @cli.command()
 @click.option("--objective", type=click.Choice(objectives.NAMES), default="ikl", help="What pulls the generator.")
 @click.option("--steps", type=cli.Integer(1), default=1500, help="Generator updates, of 512 samples each.")
@@ -255,34 +293,19 @@ def main(objective, steps, seed, picture, no_picture):
     || teacher) and Jensen-Shannon after little noise, and what the objective itself minimises after more.
     """
     path = None if no_picture else cli.check_outfile(picture, "--picture")
-    teacher = ring()
-    own = own_divergence(objective)
-    trainer = make_trainer(teacher, objective, seed)
-
-    def measure() -> dict[str, float]:
-        near = distances(trainer.ema, teacher)
-        return {"kl": near["rkl"], "js": near["js"], "own": distances(trainer.ema, teacher, (own,), SIGMA_OWN)[own]}
-
-    before, density_before = measure(), generator_density(trainer.ema)
-    start, warmup = time.perf_counter(), trainer.config.score_warmup // trainer.config.batch
-    with cli.progress(warmup + steps, desc=objective) as bar:
-        for _ in range(warmup + steps):
-            trainer.step()
-            bar.update(1)
-    trainer.check_finite()
-    seconds = time.perf_counter() - start
-
-    after = measure()
+    done, own = play(objective, steps, seed), own_divergence(objective)
     titles = {"kl": f"KL, sigma {SIGMA}", "js": f"Jensen-Shannon, sigma {SIGMA}", "own": f"{own}, sigma {SIGMA_OWN}"}
-    cli.table([[titles[name], before[name], after[name]] for name in titles], ["divergence", "before", "after"])
+    rows = [[title, done.before[name], done.after[name]] for name, title in titles.items()]
+    cli.table(rows, ["divergence", "before", "after"])
     if path:
-        exact = teacher.log_prob(plane()[1], SIGMA).exp()
-        _picture(path, [("teacher", exact), ("before", density_before), ("after", generator_density(trainer.ema))])
-    result = {
-        f"{name}_{when}": found[name] for when, found in (("before", before), ("after", after)) for name in titles
-    }
-    result |= {"own": own, "reduction": 1 - after["own"] / before["own"], "seconds": round(seconds, 1)}
-    cli.print_result({"objective": objective, "steps": steps, **result})
+        exact = ring().log_prob(plane()[1], SIGMA).exp()
+        after = generator_density(done.trainer.ema)
+        _picture(path, [("teacher", exact), ("before", done.density_before), ("after", after)])
+    result = {"objective": objective, "steps": steps, "own": own}
+    for name in titles:
+        result |= {f"{name}_before": done.before[name], f"{name}_after": done.after[name]}
+    reduction = 1 - done.after["own"] / done.before["own"]
+    cli.print_result({**result, "reduction": reduction, "seconds": round(done.seconds, 1)})
 
 
 if __name__ == "__main__":
