@@ -4,9 +4,8 @@ import click
 
 from di_refine import cli, zoo
 from di_refine.distillation import Distillation, DistillOptions
-from di_refine.options import click_options, resolve
-from di_refine.presets import PRESETS
-from torch_utils import distributed
+from di_refine.experiment import launch
+from di_refine.options import click_options
 
 
 @cli.command()
@@ -28,11 +27,7 @@ def main(context, dry_run, **values):
     """
     teachers = [zoo.resolve(name, option="--teacher") for name in values["teacher"]]
     entry = (zoo.entry_for_path(teachers[0]) if teachers else None) or {}
-    layers = ("preset", PRESETS[values["preset"]]), ("registry", entry.get("distill", {}))
-    values, sources = resolve(context, values, *layers)
-    with distributed.process_group(cli.pick_device(values["device"])) as device:
-        distillation = Distillation(DistillOptions(**{**values, "device": str(device)}), sources)
-        return distillation.print_record() if dry_run else distillation.run()
+    return launch(Distillation, DistillOptions, context, values, entry.get("distill", {}), dry_run)
 
 
 if __name__ == "__main__":

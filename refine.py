@@ -3,10 +3,9 @@
 import click
 
 from di_refine import cli, zoo
-from di_refine.options import click_options, resolve
-from di_refine.presets import PRESETS
+from di_refine.experiment import launch
+from di_refine.options import click_options
 from di_refine.refinement import Refinement, RefineOptions
-from torch_utils import distributed
 
 
 @cli.command()
@@ -27,11 +26,7 @@ def main(context, dry_run, **values):
     which go before the preset's. --dry-run shows what results, and from where.
     """
     entry = zoo.entry_for_path(zoo.resolve(values["network"], option="--network")) or {}
-    layers = ("preset", PRESETS[values["preset"]]), ("registry", entry.get("refine", {}))
-    values, sources = resolve(context, values, *layers)
-    with distributed.process_group(cli.pick_device(values["device"])) as device:
-        refinement = Refinement(RefineOptions(**{**values, "device": str(device)}), sources)
-        return refinement.print_record() if dry_run else refinement.run()
+    return launch(Refinement, RefineOptions, context, values, entry.get("refine", {}), dry_run)
 
 
 if __name__ == "__main__":

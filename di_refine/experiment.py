@@ -7,6 +7,7 @@ teacher, the trainer, the loop, measurements, the report.
 import copy
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from di_refine.edm.augment import AugmentPipe
 from di_refine.errors import InputError
 from di_refine.generators import NetworkSampler, load_kind, load_networks
 from di_refine.metrics.evaluate import Evaluator
-from di_refine.options import Options
+from di_refine.options import Options, resolve
 from di_refine.run import Loop, RunDirectory, Schedule, Snapshot, measure, open_run
 from di_refine.teachers import Ensemble
 from di_refine.trainer import Trainer, TrainerConfig
@@ -200,6 +201,13 @@ class Experiment(ABC):
         known = objectives.get(o.objective)
         if o.detach_ratio and not (o.objective.startswith("uni-") and known.needs_ratio):
             raise InputError(f"--detach-ratio belongs to objectives such as uni-fkl, not to --objective={o.objective}")
+        if o.tmax != 800 and o.sigma_dist != "edm-grid":
+            raise InputError(f"--tmax={o.tmax:g} belongs to --sigma-dist=edm-grid; give both, or leave it out")
+        if o.data is not None and not (known.needs_ratio or o.adversarial_weight):
+            raise InputError(
+                f"--data has no part in --objective={o.objective}, which needs none; leave it out, or give "
+                "--adversarial-weight, too"
+            )
         if o.data is None and (known.needs_ratio or o.adversarial_weight):
             what = f"--objective={o.objective}" if known.needs_ratio else "--adversarial-weight"
             raise InputError(
@@ -420,6 +428,30 @@ class Experiment(ABC):
             values = {key: rows[row][names[0]] for key, row in self.ROWS.items()}
             result = {"metric": names[0], **values, **result, "all": rows}
         cli.print_result(result)
+
+
+def launch(
+    kind: type[Experiment],
+    options: type[Options],
+    context: click.Context,
+    values: dict[str, Any],
+    recommended: Mapping[str, Any],
+    dry_run: bool,
+) -> int:
+    """What a command does with the options it was given; returns its exit status.
+
+    Args:
+        kind: of experiment.
+        options: the class of its options.
+        context: of the command.
+        values: as the command received them.
+        recommended: by the registry, see `options.resolve`.
+        dry_run: only print what would be done.
+    """
+    values, sources = resolve(context, values, recommended)
+    with distributed.process_group(cli.pick_device(values["device"])) as device:
+        experiment = kind(options(**{**values, "device": str(device)}), sources)
+        return experiment.print_record() if dry_run else experiment.run()
 
 
 def interrupted(loop: Loop) -> bool:

@@ -17,7 +17,7 @@ from click.core import ParameterSource
 
 from di_refine import cli, objectives
 from di_refine.noise import WEIGHTS
-from di_refine.presets import PRESETS
+from di_refine.presets import PRESETS, preset
 from di_refine.trainer_config import PRECISIONS
 
 
@@ -180,19 +180,28 @@ class Options:
 
 
 def resolve(
-    context: click.Context, values: Mapping[str, Any], *layers: tuple[str, Mapping[str, Any]]
+    context: click.Context, values: Mapping[str, Any], recommended: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The values of a command's options, and where those come from that are neither given nor plain defaults.
+
+    What was given counts first, then what is recommended, then the preset.
 
     Args:
         context: of the command.
         values: as the command received them.
-        layers: name and values of what fills in for options that were not given; later ones win. Names that are no
-            options of the command are passed over.
+        recommended: by the registry for the network. Names that are no options of the command are passed over.
+
+    Returns:
+        The values, and 'preset' or 'registry' for the names that have theirs from there.
     """
+
+    def is_given(name: str) -> bool:
+        return context.get_parameter_source(name) != ParameterSource.DEFAULT
+
     values, sources = dict(values), {}
-    for source, layer in layers:
+    published = preset(values["preset"], values["objective"] if is_given("objective") else None)
+    for source, layer in (("preset", published), ("registry", recommended)):
         for name, value in layer.items():
-            if name in values and context.get_parameter_source(name) == ParameterSource.DEFAULT:
+            if name in values and not is_given(name):
                 values[name], sources[name] = value, source
     return values, sources

@@ -39,3 +39,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "uni-fkl": {**_UNI, "objective": "uni-fkl"},
     "uni-js": {**_UNI, "objective": "uni-js"},
 }
+
+
+def preset(name: str, objective: str | None = None) -> dict[str, Any]:
+    """The values of a preset; for another objective than its own, without those that belong to that one."""
+    values = PRESETS[name]
+    if objective in (None, values["objective"]):
+        return values
+    return {key: value for key, value in values.items() if key not in ("objective", "alpha", "normalize")}

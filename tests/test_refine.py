@@ -273,6 +273,8 @@ def broken(tmp_path, kind):
         ({"objective": "f-js", "data": "digits-16x16.zip"}, ["--data", "16x16", "32x32"]),
         ({"objective": "sid", "alpha": 0}, ["--alpha", "greater than 0"]),
         ({"objective": "sid", "alpha": 2.5}, ["--alpha", "at most 2"]),
+        ({"tmax": 500}, ["--tmax=500", "--sigma-dist=edm-grid"]),
+        ({"data": "digits-16x16.zip"}, ["--data", "--objective=ikl", "leave it out"]),
         ({"tmax": 1001}, ["--tmax", "at most 1000"]),
         ({"teacher_weight": 0.5}, ["--teacher-weight must sum to 1"]),
         ({"score_steps": 0}, ["--score-steps", "at least 1"]),
