@@ -1,11 +1,14 @@
-"""Images per second of one full refinement update: student score and generator.
+"""Images per second of one full update: student score and generator.
 
     python benchmarks/update.py                                                  # the demo's networks
+    python benchmarks/update.py --distill --objective=sid                        # the demo's teacher, distilled
     python benchmarks/update.py --network=stylegan2-cifar10.pkl --batch=128 --precision=bf16
 
 `--network=cifar10-shape` builds networks of the official CIFAR-10 sizes with random weights, without a download.
 """
 
+import copy
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -16,10 +19,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from di_refine import cli, zoo  # noqa: E402
+from di_refine import cli, objectives, zoo  # noqa: E402
 from di_refine.edm.networks import EDMPrecond  # noqa: E402
-from di_refine.generators import StyleGAN2Generator, load_networks  # noqa: E402
+from di_refine.generators import DistilledGenerator, StyleGAN2Generator, load_networks  # noqa: E402
 from di_refine.trainer import Trainer, TrainerConfig  # noqa: E402
+from di_refine.trainer_config import PRECISIONS  # noqa: E402
 from stylegan2_ada.networks import Generator  # noqa: E402
 
 
@@ -34,16 +38,25 @@ def load(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     return load_networks(path)[1]["G_ema"], load_networks(zoo.companion(path, "teacher"))[1]["ema"]
 
 
+def noise(teacher: torch.nn.Module, batch: int, device: torch.device):
+    """A reference of images of noise, for objectives that learn a ratio; drawn once, so that it costs nothing."""
+    images = torch.randn(batch, teacher.img_channels, teacher.img_resolution, teacher.img_resolution, device=device)
+    labels = torch.nn.functional.one_hot(torch.arange(batch, device=device) % max(teacher.label_dim, 1)).float()
+    labels = torch.nn.functional.pad(labels, [0, teacher.label_dim - labels.shape[1]])
+    return lambda start_nimg: itertools.repeat((images, labels))
+
+
 @cli.command()
 @click.option("--network", default="stylegan2-digits.pkl", metavar="NAME", help="A registry name, or cifar10-shape.")
 @click.option("--batch", type=cli.POSITIVE_INT, default=64, help="Images per update.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", help="Arithmetic of the networks.")
-@click.option("--objective", default="ikl", help="What pulls the generator.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default="fp32", help="Arithmetic of the networks.")
+@click.option("--objective", type=click.Choice(objectives.NAMES), default="ikl", help="What pulls the generator.")
+@click.option("--distill", is_flag=True, help="Distil the teacher instead of refining the generator.")
 @click.option("--steps", type=cli.POSITIVE_INT, default=20, help="Updates per repetition.")
 @click.option("--repeats", type=cli.POSITIVE_INT, default=5, help="Repetitions.")
 @click.option("--threads", type=cli.POSITIVE_INT, help="CPU threads.  [default: PyTorch's]")
 @cli.device_option
-def main(network, batch, precision, objective, steps, repeats, threads, device):
+def main(network, batch, precision, objective, distill, steps, repeats, threads, device):
     """Time full updates and print their images per second: mean and standard deviation over the repetitions."""
     if threads:
         torch.set_num_threads(threads)
@@ -51,7 +64,8 @@ def main(network, batch, precision, objective, steps, repeats, threads, device):
     generator, teacher = load(network)
     teacher = teacher.to(device, memory_format=torch.channels_last)
     config = TrainerConfig(batch=batch, precision=precision, objective=objective)
-    trainer = Trainer(StyleGAN2Generator(generator.to(device)), teacher, config)
+    face = DistilledGenerator(copy.deepcopy(teacher)) if distill else StyleGAN2Generator(generator.to(device))
+    trainer = Trainer(face, teacher, config, reference=noise(teacher, batch, device))
 
     def synchronize():
         if device.type == "cuda":
