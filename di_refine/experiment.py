@@ -6,9 +6,10 @@ teacher, the trainer, the loop, measurements, the report.
 
 import copy
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import click
 import numpy as np
 import torch
 
-from di_refine import cli, data, images, noise, objectives, sample_teacher, zoo
+from di_refine import cli, data, images, memory, noise, objectives, sample_teacher, zoo
 from di_refine.bridge import Bridge
 from di_refine.critic import Critic
 from di_refine.edm.augment import AugmentPipe
@@ -122,11 +123,35 @@ class Experiment(ABC):
         }
 
     def print_record(self) -> int:
-        """What `--dry-run` does: print the record, readably and as the JSON result."""
+        """What `--dry-run` does: print the record, readably and as the JSON result, with memory and files."""
         if distributed.is_first():
-            click.echo(json.dumps(self.record(), indent=2), err=True)
-            cli.print_result(self.record())
+            record = {**self.record(), **self._needs()}
+            click.echo(json.dumps(record, indent=2), err=True)
+            cli.print_result(record)
         return 0
+
+    def _needs(self) -> dict[str, Any]:
+        """What a run will need: memory at the peak of an update, and room for its files."""
+        o = self.options
+        free = memory.free_memory(self.device)
+        trainer = self._trainer()
+        estimator = memory.Estimator(trainer)
+        images = None
+        if o.batch_gpu == "auto" and free is not None:
+            images = estimator.largest_within(memory.SAFETY * free)
+        estimate = estimator(images)
+        click.echo(f"memory: {estimate}", err=True)
+        ticks = math.ceil(o.kimg / o.tick)
+        # The newest, the best snapshot, and the one that is written before an old one goes.
+        counts = {
+            "network-snapshot": min(o.keep + 2, math.ceil(ticks / o.snap)),
+            "training-state": min(o.keep + 1, ticks),
+        }
+        files = {}
+        for name, size in memory.file_sizes(trainer, self._snapshot(trainer)).items():
+            files[name] = {"at_most": counts[name], "gib_each": memory.gib(size)}
+            click.echo(f"files: at most {counts[name]} {name} of {memory.gib(size):g} GiB each", err=True)
+        return {"memory": estimate.record(), "files": files}
 
     def run(self) -> int:
         """Train, measure, write, print the table and the JSON result; returns the exit status.
@@ -134,10 +159,13 @@ class Experiment(ABC):
         Progress goes to stderr. Of several processes all call it, and the first speaks.
         """
         o = self.options
+        note = self._choose_batch_gpu()
         trainer = self._trainer()
         desc = o.desc or f"{self.network_path.stem}-{o.objective}-batch{o.batch}"
         directory, state = open_run(o.outdir, o.resume, desc, self.record())
         directory.log(f"run directory: {directory.path}")
+        if note is not None:
+            directory.log(note)
         for warning in self.evaluator.warnings if self.evaluator else ():
             directory.log(f"warning: {warning}")
 
@@ -190,7 +218,9 @@ class Experiment(ABC):
 
     def _check_numbers(self) -> None:
         o = self.options
-        if o.batch_gpu and o.batch % o.batch_gpu:
+        if isinstance(o.batch_gpu, str) and o.batch_gpu != "auto":
+            raise InputError(f"--batch-gpu must be 'auto' or a whole number, not {o.batch_gpu!r}")
+        if o.batch_gpu and o.batch_gpu != "auto" and o.batch % o.batch_gpu:
             raise InputError(f"--batch={o.batch} is not divisible by --batch-gpu={o.batch_gpu}")
         if o.kimg <= o.score_warmup:
             raise InputError(
@@ -277,8 +307,21 @@ class Experiment(ABC):
 
     # Training ---------------------------------------------------------------------------------------------------------
 
-    def _trainer(self) -> Trainer:
+    def _choose_batch_gpu(self) -> str | None:
+        """Replace `--batch-gpu=auto` by a number; returns what to log."""
         o = self.options
+        if o.batch_gpu != "auto":
+            return None
+        share = distributed.share(o.batch)
+        number, how = memory.choose(self._trainer, share.stop - share.start, self.device)
+        self.options, self.sources = replace(o, batch_gpu=number), {**self.sources, "batch_gpu": "auto"}
+        return f"--batch-gpu=auto: {number} images per forward pass ({how})"
+
+    def _trainer(self, batch_gpu: int | None = None) -> Trainer:
+        """A trainer on copies of the networks; `batch_gpu` goes before the option."""
+        o = self.options
+        if batch_gpu is None and o.batch_gpu != "auto":
+            batch_gpu = o.batch_gpu
         generator = self._generator(copy.deepcopy(self.original)).to(self.device)
         teacher = copy.deepcopy(self.teacher).to(self.device, memory_format=torch.channels_last)
         student = copy.deepcopy(teacher.teachers[0]) if isinstance(teacher, Ensemble) else None
@@ -296,7 +339,7 @@ class Experiment(ABC):
             ratio_lr=o.ratio_lr,
             betas=(o.beta1, 0.999),
             batch=o.batch,
-            batch_gpu=o.batch_gpu,
+            batch_gpu=batch_gpu,
             sigma=grid if o.sigma_dist == "edm-grid" else lognormal,
             score_sigma=lognormal if o.sigma_dist == "edm-grid" else None,
             score_steps=o.score_steps,

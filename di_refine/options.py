@@ -66,6 +66,19 @@ def _click_option(field: dataclasses.Field):
 LENGTH = cli.Number(above=0, maximum=1e9)
 
 
+class AutoOrInteger(cli.Integer):
+    """'auto', or a positive whole number."""
+
+    name = "auto|integer"
+
+    def __init__(self):
+        super().__init__(minimum=1)
+        self.wanted = f"'auto' or {self.wanted}"
+
+    def parse(self, text: str) -> int | str:
+        return text if text == "auto" else super().parse(text)
+
+
 @dataclass(kw_only=True)
 class Options:
     """What both commands take, under the names of the options; None where registry or networks decide.
@@ -88,8 +101,11 @@ class Options:
     desc: str | None = option(None, str, "Words for the run directory's name.  [default: from the network]")
     kimg: float = option(5000, LENGTH, "Length in thousands of images, warm-up included.")
     batch: int = option(128, cli.POSITIVE_INT, "Images per update.")
-    batch_gpu: int | None = option(
-        None, cli.POSITIVE_INT, "Images per forward pass; must divide --batch.  [default: --batch]"
+    batch_gpu: int | str | None = option(
+        None,
+        AutoOrInteger(),
+        "Images per forward pass; must divide --batch. auto: the most that fit into the memory.  [default: --batch]",
+        metavar="auto|INTEGER",
     )
     lr: float = option(1e-5, cli.POSITIVE_NUMBER, "Learning rate of the generator.")
     score_lr: float = option(1e-5, cli.POSITIVE_NUMBER, "Learning rate of the student score.")
