@@ -29,6 +29,7 @@ MAY_CHANGE = frozenset(
         "device",
         "workers",
         "batch_gpu",
+        "compile",
         "lr",
         "score_lr",
         "ratio_lr",

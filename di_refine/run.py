@@ -3,8 +3,9 @@
 A trainer here is anything with
 
 * `nimg`, images seen by all processes together;
-* `step() -> dict` of scalars (tensors or numbers) and small 1-D tensors, in which NaN means "nothing there this time",
-  as for noise levels that were not drawn;
+* `step() -> dict` of scalars (tensors or numbers), of the whole batch, the same on all processes;
+* `by_sigma`, where it has that: a dict of small 1-D tensors, of the last step, in which NaN means "nothing there this
+  time", as for noise levels that were not drawn;
 * `check_finite(last_good)`, which raises RunError if a step went wrong;
 * `state_dict()` and `load_state_dict(state)`, of everything that changes and is no function of `nimg`.
 
@@ -195,7 +196,7 @@ class Loop:
             if done or self.stopped:
                 return
             clock = time.monotonic()
-            self._means.add(self.trainer.step())
+            self._means.add({**self.trainer.step(), **getattr(self.trainer, "by_sigma", {})})
             bar.update(self.trainer.nimg - nimg)
             self._count(self.trainer.nimg - nimg, time.monotonic() - clock, counts=nimg >= self.schedule.quiet)
 
@@ -383,12 +384,15 @@ def measure(
         stopping.Interrupted: inside a loop, when a signal asks it to stop.
     """
 
-    def progress(count: int) -> None:
-        bar.update(count)
+    total = evaluator.num_images
+
+    def progress(count: int) -> None:  # of this process; the others are about as far
+        bar.update(min(count * distributed.world_size(), total - bar.count))
         stopping.check()
 
-    with cli.progress(evaluator.num_images, what, "img", enabled=distributed.is_first()) as bar:
+    with cli.progress(total, what, "img", enabled=distributed.is_first()) as bar:
         results = evaluator(sampler, seed=seed, progress=progress)
+        bar.update(total - bar.count)
     if distributed.is_first():
         for result in results:
             write_jsonl(run.path, result, snapshot)

@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 
-from torch_utils import distributed
-
 
 class Means:
-    """Means over the steps of a tick, and over the processes, of what `step()` returns; waits for no device.
+    """Means over the steps of a tick of what `step()` returns; waits for no device before `read`.
 
     In vectors NaN entries are left out; a scalar that is NaN stays visible.
     """
@@ -35,7 +33,7 @@ class Means:
                 sums[name] = before + more
 
     def read(self) -> dict[str, float | list[float]]:
-        """Name -> mean, NaN where there was nothing. All processes must call this together."""
+        """Name -> mean, NaN where there was nothing."""
         sizes = {name: max(torch.as_tensor(value).numel(), 1) for name, value in self._sums.items()}
         if not sizes:
             return {}
@@ -45,7 +43,6 @@ class Means:
                 for part in (self._sums, self._counts)
             ]
         )
-        distributed.average([both])
         means = (both[0] / both[1]).split(list(sizes.values()))
         vectors = {name for name, value in self._sums.items() if isinstance(value, torch.Tensor) and value.ndim}
         return {name: m.tolist() if name in vectors else m.item() for name, m in zip(sizes, means)}

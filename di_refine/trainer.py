@@ -13,16 +13,15 @@ the student score (OpenReview of arXiv 2305.18455, algorithm 1, line 5), and the
 import contextlib
 import copy
 import functools
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from di_refine import objectives, ratio
+from di_refine import training_tools as tools
 from di_refine.critic import R1_INTERVAL, Critic
 from di_refine.edm.loss import edm_weight
 from di_refine.errors import RunError
@@ -30,10 +29,7 @@ from di_refine.noise import expand_as
 from di_refine.trainer_config import TrainerConfig
 from torch_utils import distributed, misc
 
-__all__ = ["SIGMA_EDGES", "Trainer", "TrainerConfig"]
-
-SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""Between the noise levels that statistics are given for."""
+__all__ = ["Trainer", "TrainerConfig"]
 
 _WATCHED = ("score", "generator", "critic")
 
@@ -46,6 +42,7 @@ class _Draws:
     when their shape is known.
     """
 
+    turn: int
     z: torch.Tensor
     labels: torch.Tensor
     score_sigma: torch.Tensor
@@ -88,8 +85,8 @@ class Trainer:
             generator's labels.
         ratio_layer: where in the student the ratio finds features, see `di_refine.ratio.DensityRatio`.
         critic: gives the adversarial loss; None leaves that to the density ratio.
-        augment: `images -> (images, augment_labels)`, applied to what the student score trains on. The student has to
-            take `augment_labels`.
+        augment: called like `di_refine.edm.augment.AugmentPipe`, `(images, generator=..., part=(start, total)) ->
+            (images, augment_labels)`, on what the student score trains on. The student has to take `augment_labels`.
 
     Raises:
         ValueError: settings, networks or the lack of a reference that do not fit together.
@@ -100,6 +97,8 @@ class Trainer:
         ratio: the density ratio, where one is learned.
         ema: running average of the generator (the generator itself when `ema_nimg` is 0).
         nimg: images seen, warm-up included.
+        by_sigma: of the last step, `score_loss_by_sigma` and `score_gap_by_sigma`: the means of `step()` in bins of the
+            noise level, `[6]` with the edges `training_tools.SIGMA_EDGES`, NaN where no level fell.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class Trainer:
         reference: Callable[[int], Iterator[tuple[torch.Tensor, torch.Tensor]]] | None = None,
         ratio_layer: torch.nn.Module | None = None,
         critic: Critic | None = None,
-        augment: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+        augment: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
     ):
         self.config = config
         self.share = distributed.share(config.batch)
@@ -139,7 +138,7 @@ class Trainer:
         for net in (self.teacher, self.student):
             net.train(config.dropout == "matched")
         if config.checkpoint_score:
-            _recompute_blocks(self.student)
+            tools.recompute_blocks(self.student)
         self.ema = copy.deepcopy(generator).eval().requires_grad_(False) if config.ema_nimg > 0 else generator
         self.bridge = torch.nn.Identity() if bridge is None else bridge.to(self.device)
         self.critic, self._augment = critic, augment
@@ -166,12 +165,13 @@ class Trainer:
         names = ("student", "generator", "critic")
         half = "fp16" in {config.precision_of(name) for name in ("generator", "score", "teacher")}
         self._scalers = {name: torch.amp.GradScaler(self.device.type, enabled=half) for name in names}
-        self._ema_pairs = _pairs(self.ema.parameters(), self.generator.parameters())
-        self._ema_buffers = _pairs(self.ema.buffers(), self.generator.buffers())
+        self._ema_pairs = tools.pairs(self.ema.parameters(), self.generator.parameters())
+        self._ema_buffers = tools.pairs(self.ema.buffers(), self.generator.buffers())
         # Step (in images) at which each network first went wrong, -1 for never; on the device, so that watching costs
         # no synchronisation.
         self._bad = torch.full([3], -1, dtype=torch.int64, device=self.device)
         self._agreed = False
+        self.by_sigma: dict[str, torch.Tensor] = {}
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -179,24 +179,25 @@ class Trainer:
         """One update on `config.batch` images.
 
         Returns:
-            Scalars on the device: `score_loss`, `score_grad_norm`, and after the warm-up `generator_loss` (a
-            surrogate without meaning of its own), `generator_grad_norm`, `score_gap` (mean |Dp - Dq| over pixels).
-            `score_loss_by_sigma` and `score_gap_by_sigma` `[6]` are the same in bins with the edges `SIGMA_EDGES`, NaN
-            where no noise level fell. With `max_grad_norm`, `..._clipped` is 1 where a gradient was too long.
-            With a density ratio `ratio_loss` (2 log 2 = 1.386 where nothing can be told apart); with an adversarial
-            loss `adversarial_loss`, and with a critic `critic_loss` and `critic_grad_norm`.
+            Scalars on the device, of the whole batch and the same on all processes: `score_loss`, `score_grad_norm`,
+            and after the warm-up `generator_loss` (a surrogate without meaning of its own), `generator_grad_norm`,
+            `score_gap` (mean |Dp - Dq| over pixels). With `max_grad_norm`, `..._clipped` is 1 where a gradient was too
+            long. With a density ratio `ratio_loss` (2 log 2 = 1.386 where nothing can be told apart); with an
+            adversarial loss `adversarial_loss`, and with a critic `critic_loss` and `critic_grad_norm`. Every sixteenth
+            update of the generator has `ema_distance`, from the average to the weights, relative to the weights.
         """
         cfg = self.config
         if not self._agreed:
             distributed.check_equal("settings", asdict(cfg))
-            distributed.check_equal("networks", self.state_dict())
+            distributed.check_equal("networks", {**self.state_dict(), "teacher": self.teacher})
+            distributed.check_equal("class frequencies", [self._class_probs, self._log_prior])
             self._agreed = True
-        moves = self.nimg >= cfg.score_warmup
+        moves, rank = self.nimg >= cfg.score_warmup, distributed.rank()
         totals: dict[str, torch.Tensor] = {}
         for turn in reversed(range(cfg.score_steps)):  # turn 0, the last, serves the generator as well
             totals, samples = {}, {}
             draws = self._draws(turn)
-            with self._seeded(turn):
+            with self._seeded(*([turn] if turn else []), *(["rank", rank] if rank else [])):
                 for start in range(self.share.start, self.share.stop, self.micro_batch):
                     part = slice(start, start + self.micro_batch)
                     for name, value in self._accumulate(draws, part, moves and turn == 0).items():
@@ -204,15 +205,20 @@ class Trainer:
                             samples.setdefault(name, []).append(value)
                         else:
                             totals[name] = totals.get(name, 0) + value * self._fraction
-            for name, pairs in samples.items():
-                totals[name] = _by_sigma(*(torch.cat(column) for column in zip(*pairs)))
+            bins = {name: tools.by_sigma(*map(torch.cat, zip(*pairs))) for name, pairs in samples.items()}
+            distributed.average([*totals.values(), *bins.values()])
+            self.by_sigma = {name: sums / counts for name, (sums, counts) in bins.items()}
             if self.objective.needs_student:
                 totals |= self._update("student", "score", totals["score_loss"] + totals.get("ratio_loss", 0))
         if moves:
             totals |= self._update("generator", "generator", totals["generator_loss"])
             if self.critic is not None:
                 totals |= self._update("critic", "critic", totals["critic_loss"])
+        distributed.average_buffers(self.generator)  # such as StyleGAN2's mean w, which has seen this share alone
+        if moves and self.ema is not self.generator:
             self._average()
+            if self.nimg // cfg.batch % 16 == 0:
+                totals["ema_distance"] = tools.relative_distance(*self._ema_pairs)
         self.nimg += cfg.batch
         return totals
 
@@ -288,14 +294,14 @@ class Trainer:
         cfg = self.config
         labels, sigma = draws.labels[part], draws.score_sigma[part]
         s = expand_as(sigma, sample)
-        augmented, kwargs = self._augmented(sample)
+        augmented, kwargs = self._augmented(sample, "score", draws, part)
         x_s = augmented + s * draws.normals("score", sample.shape[1:])[part]
         random_state = self._rng_state()
         dp, features = self._student(x_s, sigma, labels, **kwargs)
         weight = expand_as(edm_weight(sigma, cfg.sigma_data), sample)
         squares = weight * (dp - augmented) ** 2
         loss = squares.mean()
-        stats = {"score_loss": loss.detach(), "score_loss_by_sigma": (sigma, _per_sample(squares))}
+        stats = {"score_loss": loss.detach(), "score_loss_by_sigma": (sigma, tools.per_sample(squares))}
         known = None
         if self.ratio is not None:
             logits = self.ratio(features)
@@ -312,7 +318,7 @@ class Trainer:
         images, labels = draws.of_reference(part)
         if images.shape[1:] != shape[1:]:
             images = self.bridge(images)
-        images, kwargs = self._augmented(images)
+        images, kwargs = self._augmented(images, "reference", draws, part)
         x_s = images + expand_as(sigma, images) * draws.normals("reference", shape[1:])[part]
         x_s = x_s.detach().requires_grad_(cfg.ratio_r1 > 0)
         # The fused attention kernels have no second derivative, which R1 is made of.
@@ -369,7 +375,7 @@ class Trainer:
             return found["log_ratio"]
 
         others = [*self._student_params, *self._ratio_params, *self._critic_params]
-        with _frozen(others):
+        with tools.frozen(others):
             loss = objective(x0, x_s, sigma, teacher, student, log_ratio).mean()
             stats = {"generator_loss": loss.detach()}
             if cfg.adversarial_weight > 0:
@@ -383,7 +389,7 @@ class Trainer:
                 loss = loss + cfg.adversarial_weight * adversarial
             self._backward("generator", loss)
         gap = (found.get("dp", x0).detach() - found["dq"].detach()).abs()
-        return {**stats, "score_gap": gap.mean(), "score_gap_by_sigma": (sigma, _per_sample(gap))}
+        return {**stats, "score_gap": gap.mean(), "score_gap_by_sigma": (sigma, tools.per_sample(gap))}
 
     def _student(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor, **kwargs):
         """The student's denoised samples, float32, and the features the ratio is made from (or None)."""
@@ -396,10 +402,15 @@ class Trainer:
         """What objectives may take the exponential of."""
         return logits.clamp(-self.config.ratio_clamp, self.config.ratio_clamp)
 
-    def _augmented(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _augmented(
+        self, images: torch.Tensor, purpose: str, draws: _Draws, part: slice
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Images transformed as they would be with the whole batch at once, and what the student is told of it."""
         if self._augment is None:
             return images, {}
-        images, labels = self._augment(images)
+        seed = misc.derive_seed(self.config.seed, self.nimg, "augmentation", draws.turn, purpose)
+        rng = torch.Generator().manual_seed(seed)
+        images, labels = self._augment(images, generator=rng, part=(part.start, self.config.batch))
         return images, {"augment_labels": labels}
 
     # ------------------------------------------------------------------------------------------------------------------
@@ -423,7 +434,7 @@ class Trainer:
         def normals(purpose: str, shape: torch.Size) -> torch.Tensor:
             return torch.randn([cfg.batch, *shape], generator=rng, device=self.device)
 
-        return _Draws(z, labels, score_sigma, sigma, normals, reference, self.share.start)
+        return _Draws(turn, z, labels, score_sigma, sigma, normals, reference, self.share.start)
 
     def _make_ratio(self, layer: torch.nn.Module | None) -> ratio.DensityRatio:
         cfg = self.config
@@ -479,9 +490,6 @@ class Trainer:
 
     @torch.no_grad()
     def _average(self) -> None:
-        if self.config.ema_nimg <= 0:
-            return
-        distributed.average_buffers(self.generator)
         averages, current = self._ema_pairs
         torch._foreach_lerp_(averages, current, 1 - 0.5 ** (self.config.batch / self.config.ema_nimg))
         for average, value in zip(*self._ema_buffers):
@@ -497,11 +505,10 @@ class Trainer:
         return torch.autocast(self.device.type, dtype, enabled=precision != "fp32")
 
     @contextlib.contextmanager
-    def _seeded(self, turn: int | str):
-        """Random draws inside the networks (noise inputs, dropout) also depend on seed, images seen and turn alone."""
-        more = (*((turn,) if turn else ()), *(("rank", distributed.rank()) if distributed.rank() else ()))
+    def _seeded(self, *purpose: int | str):
+        """Random draws inside the networks (noise inputs, dropout) depend on seed, images seen and purpose alone."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(misc.derive_seed(self.config.seed, self.nimg, "networks", *more))
+            torch.manual_seed(misc.derive_seed(self.config.seed, self.nimg, "networks", *purpose))
             yield
 
     def _rng_state(self):
@@ -521,37 +528,3 @@ class Trainer:
             else:
                 torch.set_rng_state(state)
             yield
-
-
-@contextlib.contextmanager
-def _frozen(params: list[torch.nn.Parameter]):
-    """Keep the generator's objective from filling the gradients of networks that it flows through."""
-    for p in params:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in params:
-            p.requires_grad_(True)
-
-
-def _per_sample(values: torch.Tensor) -> torch.Tensor:
-    return values.detach().flatten(1).mean(dim=1)
-
-
-def _by_sigma(sigma: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Means `[len(SIGMA_EDGES) + 1]` of `values` `[N]` by noise level, NaN where there is none."""
-    edges = torch.tensor(SIGMA_EDGES, device=sigma.device)
-    member = torch.nn.functional.one_hot(torch.bucketize(sigma, edges), len(edges) + 1).to(values.dtype)
-    return (values @ member) / member.sum(dim=0)
-
-
-def _recompute_blocks(net: torch.nn.Module) -> None:
-    """Gradient checkpointing of a U-Net: keep what enters each block, compute the rest again in the backward pass."""
-    for name, block in net.named_modules():
-        if re.fullmatch(r"model\.(enc|dec)\.\w+", name):
-            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
-
-
-def _pairs(averages, current) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    return [t.detach() for t in averages], [t.detach() for t in current]

@@ -192,6 +192,34 @@ def test_features_and_metrics_during_training(tmp_path, data):
     assert [json.loads(row)["snapshot_pkl"] for row in rows] == [None, "network-snapshot-000000.pkl"]
 
 
+def test_options_of_the_teacher_reach_its_trainer(tmp_path, data, monkeypatch):
+    def trainer(_net, _batches, config, _pipe):
+        raise InputError(str(config))
+
+    monkeypatch.setattr("pretrain.TeacherTrainer", trainer)
+    given = pretrain(TEACHER, data, tmp_path, "--kimg=2", "--lr-rampdown=0.5", "--compile", "--precision=bf16")
+    words = ["lr_rampdown=500", "total=2000", "compile='inductor'", "precision='bf16'"]
+    assert all(word in given.stderr for word in words), given.stderr
+    assert all(word in pretrain(TEACHER, data, tmp_path).stderr for word in ["lr_rampdown=0.0,", "compile=None"])
+
+
+def test_features_with_given_held_out_images_in_two_parts(tmp_path, data):
+    detector, stats = tmp_path / "toy.safetensors", tmp_path / "toy.npz"
+    command = ["features", f"--data={data}", f"--dest={detector}", f"--stats={stats}", "--epochs=2", "--device=cpu"]
+    command += ["--width=4", "--feature-dim=8", "--architecture=residual", "--augment=shift", "--half"]
+    command += [f"--held-out={data}", "--max-minutes=1e-9"]
+    first = report(CliRunner().invoke(main, command))
+    assert first == {"dest": None, "stats": None, "epochs": 2, "epochs_done": 1} and not detector.exists()
+    second = report(CliRunner().invoke(main, command))
+    assert (second["held_out_images"], second["training_images"]) == (24, 24)
+    assert load_detector(detector).net.config["architecture"] == "residual"
+    unlabelled = tmp_path / "plain"
+    unlabelled.mkdir()
+    Image.open(data / "00.png").save(unlabelled / "0.png")
+    refused = CliRunner().invoke(main, [*command[:-2], f"--held-out={unlabelled}"])
+    assert refused.exit_code == 2 and f"--held-out={unlabelled} has no labels" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "options", "words"),
     [

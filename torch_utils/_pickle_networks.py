@@ -112,6 +112,7 @@ def assemble(cls: type, plan: Blueprint) -> Any:
     """An instance of `cls` as `plan` describes it, in eval mode and without gradients.
 
     Every tensor of the plan has to find its place with the right shape and dtype, and every place has to be filled.
+    What is stored in float16 in place of float32 becomes float32.
 
     Raises:
         NetworkFormatError: with everything that does not fit.
@@ -123,12 +124,12 @@ def assemble(cls: type, plan: Blueprint) -> Any:
         _adopt_attributes(network, plan.layers.get(""), "")
         return network
     places = named_tensors(network)
-    check_fit(cls, {name: (tensor.shape, tensor.dtype) for name, tensor in plan.tensors.items()}, places)
+    check_fit(cls, {name: (tensor.shape, _widened(tensor.dtype)) for name, tensor in plan.tensors.items()}, places)
     modules = dict(network.named_modules())
     for name, tensor in plan.tensors.items():
         check_finite(name, tensor)
         path, _, leaf = name.rpartition(".")
-        tensor = tensor.detach()
+        tensor = tensor.detach().to(places[name].dtype)
         if isinstance(places[name], torch.nn.Parameter):
             tensor = torch.nn.Parameter(tensor, requires_grad=False)
         setattr(modules[path], leaf, tensor)
@@ -325,9 +326,29 @@ def _slot(tensor: torch.Tensor) -> _Slot:
     return _Slot(tensor.shape, tensor.dtype, tensor.stride(), isinstance(tensor, torch.nn.Parameter))
 
 
+def _widened(dtype: torch.dtype) -> torch.dtype:
+    """What a network computes with where a file has this: float16 is for small files, not for arithmetic."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def without_tensors(record: Record) -> Record:
     """A copy of the record that remembers what its parameters and buffers looked like, but not their values."""
-    return _map_entries(record, lambda name, tensor: _slot(tensor))
+    return _map_entries(record, lambda name, tensor: dataclasses.replace(_slot(tensor), dtype=_widened(tensor.dtype)))
+
+
+def narrowed(record: Record) -> Record:
+    """A copy of the record of a network with its float32 parameters and buffers in float16.
+
+    Raises:
+        NetworkFormatError: when one has values beyond the range of float16.
+    """
+
+    def convert(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        half = tensor.detach().half() if tensor.dtype == torch.float32 else tensor.detach()
+        check_finite(name, half)
+        return torch.nn.Parameter(half, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else half
+
+    return _map_entries(record, convert)
 
 
 def _map_entries(record: Record, function: Callable[[str, Any], Any], path: str = "") -> Record:

@@ -273,7 +273,7 @@ def _has_parameters(record: Record) -> bool:
 # Writing.
 
 
-def save(networks: dict[str, Any], path: str | os.PathLike) -> None:
+def save(networks: dict[str, Any], path: str | os.PathLike, half: bool = False) -> None:
     """Write a network pickle that `load` and the official StyleGAN2-ADA, StyleGAN3 and EDM code read.
 
     The file holds the networks' present weights, on the CPU, in eval mode, without gradients; the networks themselves
@@ -283,13 +283,21 @@ def save(networks: dict[str, Any], path: str | os.PathLike) -> None:
     Args:
         networks: networks (instances of persistent classes), records, plain data and tensors under their names.
         path: file to write; its folder must exist.
+        half: store float32 weights as float16, in half the bytes and with three of their seven digits. `load` makes
+            float32 of them again; the official code computes in what it finds.
 
     Raises:
         NetworkFormatError: when something in `networks` could not be loaded again; names it.
     """
     records: dict[int, Any] = {}  # a network under two names is one network
     memo: dict[Any, Any] = {}
-    content = _for_each(networks, path, lambda value: _pickle_writer.plain(_record(value, records), memo))
+
+    def convert(value: Any) -> Any:
+        record = _record(value, records)
+        narrow = half and isinstance(value, torch.nn.Module)
+        return _pickle_writer.plain(_pickle_networks.narrowed(record) if narrow else record, memo)
+
+    content = _for_each(networks, path, convert)
     with misc.open_atomic(path) as file:
         _pickle_writer.write(content, file, _reconstruct_persistent_obj)
 

@@ -1,7 +1,6 @@
 """Training a diffusion teacher (Karras et al. 2022, arXiv 2206.00364, section 5 and table 7)."""
 
 import copy
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
@@ -21,10 +20,14 @@ class TeacherConfig:
         batch_gpu: images per forward pass; None is all that a process has. Must divide `batch`.
         lr: Adam's learning rate, reached after a linear ramp.
         lr_rampup: length of the ramp, in images.
+        lr_rampdown: length of the fall to zero that ends at `total`, in images; 0 keeps the rate.
+        total: length of the training, in images, which only the fall asks for.
         ema_nimg: half-life of the average, in images.
         ema_rampup: upper limit of the half-life as a fraction of the images seen, so that the start is forgotten.
         p_mean, p_std: of ln(sigma) in training.
         precision: 'fp32' or 'bf16' (autocast; weights stay float32).
+        compile: backend of `torch.compile` for the network, such as 'inductor', or None. Random numbers inside the
+            network, which are those of dropout, may then differ from those without.
         seed: every draw is a function of it and the number of images seen.
     """
 
@@ -32,17 +35,30 @@ class TeacherConfig:
     batch_gpu: int | None = None
     lr: float = 1e-3
     lr_rampup: float = 10_000_000
+    lr_rampdown: float = 0
+    total: int | None = None
     ema_nimg: float = 500_000
     ema_rampup: float = 0.05
     p_mean: float = -1.2
     p_std: float = 1.2
     precision: str = "fp32"
+    compile: str | None = None
     seed: int = 0
 
     def __post_init__(self):
         self.batch_gpu = self.batch_gpu or self.batch
         if self.batch < 1 or self.batch % self.batch_gpu:
             raise ValueError(f"batch={self.batch} is not a multiple of batch_gpu={self.batch_gpu}")
+        if self.lr_rampdown and self.total is None:
+            raise ValueError("lr_rampdown needs to know the end of the training: give total as well")
+
+    def lr_at(self, nimg: int) -> float:
+        """The learning rate of the step that ends at `nimg` images; it never falls all the way to zero."""
+        rate = self.lr * min(nimg / max(self.lr_rampup, 1e-8), 1)
+        if self.lr_rampdown:
+            left = self.total - (nimg - self.batch)
+            rate *= min(max(left, self.batch) / self.lr_rampdown, 1)
+        return rate
 
 
 class TeacherTrainer:
@@ -77,6 +93,8 @@ class TeacherTrainer:
         self.net = net.train().requires_grad_(True)
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
         self.config, self.augment_pipe = config, augment_pipe
+        # Shares its parameters with `net`, which is what states, averages and pickles are made of.
+        self._denoiser = torch.compile(self.net, backend=config.compile) if config.compile else self.net
         self.share = distributed.share(config.batch)
         self.micro_batch = distributed.micro_batch(config.batch, config.batch_gpu)
         self.loss = EDMLoss(config.p_mean, config.p_std, net.sigma_data)
@@ -112,13 +130,13 @@ class TeacherTrainer:
                 x, c = images[part], labels[part] if labels.shape[1] else None
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
                     pipe = self._augmentation(mine.start + start, size)
-                    loss = self.loss(self.net, x, c, pipe, rnd=rnd[part], noise=noise[part]).float()
+                    loss = self.loss(self._denoiser, x, c, pipe, rnd=rnd[part], noise=noise[part]).float()
                 (loss.sum() / num).backward()
                 mean += loss.detach().mean() * (size / num)
         distributed.average_gradients(self.params, also=[mean])
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
         for group in self.optimizer.param_groups:
-            group["lr"] = cfg.lr * min((self.nimg + cfg.batch) / max(cfg.lr_rampup, 1e-8), 1)
+            group["lr"] = cfg.lr_at(self.nimg + cfg.batch)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._bad = torch.where((self._bad < 0) & ~torch.isfinite(mean + norm), self.nimg, self._bad)
@@ -131,7 +149,13 @@ class TeacherTrainer:
         if self.augment_pipe is None:
             return None
         rng = torch.Generator().manual_seed(misc.derive_seed(self.config.seed, self.nimg, "augmentation"))
-        return functools.partial(self.augment_pipe, generator=rng, part=(start, self.config.batch))
+
+        def augment(images: torch.Tensor):
+            # The resampling of clean images must not round them to bfloat16: its step is half a grey level.
+            with torch.autocast(self.device.type, enabled=False):
+                return self.augment_pipe(images, generator=rng, part=(start, self.config.batch))
+
+        return augment
 
     @torch.no_grad()
     def _average(self) -> None:

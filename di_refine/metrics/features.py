@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from di_refine.errors import InputError, RunError
 from di_refine.metrics import inception
-from di_refine.metrics.smallnet import SmallConvNet, load_small, save_small, train_features
+from di_refine.metrics.feature_training import train_features
+from di_refine.metrics.smallnet import SmallConvNet, load_small, save_small
 
 __all__ = ["FeatureNet", "Identity", "SmallConvNet", "load_detector", "save_small", "train_features"]
 

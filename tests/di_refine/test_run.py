@@ -36,8 +36,9 @@ class CountingTrainer:
         self.events.get(self.nimg, lambda: None)()
         self.nimg += 4
         seen = self.nimg - 4
-        by_sigma = [seen, float("nan") if seen % 8 else seen, float("nan")]
-        report = {"loss": torch.tensor(float(seen)), "by_sigma": torch.tensor(by_sigma)}
+        levels = [seen, float("nan") if seen % 8 else seen, float("nan")]
+        self.by_sigma = {"loss_by_sigma": torch.tensor(levels)}
+        report = {"loss": torch.tensor(float(seen))}
         return {**report, "rare": 7.0} if seen % 400 == 0 else report
 
     def check_finite(self, last_good):
@@ -131,7 +132,7 @@ def test_vectors_and_rare_values_are_averaged_over_the_steps_that_have_them(tmp_
     loop = make_loop(tmp_path, total=1000, scores=[1, 1])
     loop()
     _, record = stats(loop.run)
-    assert record["by_sigma"] == [498, 496, None]  # of 0..996 in fours; in eights; never
+    assert record["loss_by_sigma"] == [498, 496, None]  # of 0..996 in fours; in eights; never
     assert record["rare"] == 7
     assert record["images_per_sec"] > 0 and 0.05 < record["cpu_memory_gb"] < 50
 

@@ -14,7 +14,8 @@ from di_refine.edm.networks import EDMPrecond
 from di_refine.errors import RunError
 from di_refine.generators import StyleGAN2Generator
 from di_refine.noise import EdmGrid, LogNormal
-from di_refine.trainer import SIGMA_EDGES, Trainer, TrainerConfig
+from di_refine.trainer import Trainer, TrainerConfig
+from di_refine.training_tools import SIGMA_EDGES
 from torch_utils import persistence
 
 
@@ -71,7 +72,7 @@ def changed(before: dict, after: dict, prefix: str) -> bool:
 
 
 def steps(trainer: Trainer, count: int) -> list[dict[str, float]]:
-    return [{k: value.item() for k, value in trainer.step().items() if value.ndim == 0} for _ in range(count)]
+    return [{name: value.item() for name, value in trainer.step().items()} for _ in range(count)]
 
 
 def disturb(student: torch.nn.Module) -> None:
@@ -537,7 +538,8 @@ def test_augmentation_is_the_scores_alone():
     trainer = make_trainer()
     seen = []
 
-    def double(images):
+    def double(images, generator, part):
+        assert generator.device.type == "cpu" and part == (0, 4)
         return 2 * images, torch.ones(len(images), 2)
 
     student = Recorder(trainer.student, seen)
@@ -601,7 +603,7 @@ def test_score_distillation_trains_no_student():
     trainer = playground.make_trainer(playground.ring(), "sds")
     before = snapshot(trainer)
     stats = trainer.step()
-    assert set(stats) == {"generator_loss", "generator_grad_norm", "score_gap", "score_gap_by_sigma"}
+    assert set(stats) == {"generator_loss", "generator_grad_norm", "score_gap", "ema_distance"}
     after = snapshot(trainer)
     assert changed(before, after, "generator") and not changed(before, after, "student")
 
@@ -615,7 +617,7 @@ def test_statistics_by_noise_level():
     trainer = make_trainer(batch=8, sigma=EdmGrid(0.05, 0.9, tmax=1000))
     stats = trainer.step()
     for name in ("score_loss", "score_gap"):
-        bins = stats[f"{name}_by_sigma"]
+        bins = trainer.by_sigma[f"{name}_by_sigma"]
         assert bins.shape == (len(SIGMA_EDGES) + 1,) and bins[3:].isnan().all() and not bins[:3].isnan().all()
         counts = torch.histogram(levels(trainer), EDGES)[0]
         assert (bins.nan_to_num() @ counts / 8).item() == pytest.approx(stats[name].item(), rel=1e-5)

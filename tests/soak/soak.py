@@ -1,4 +1,4 @@
-"""What clusters do to long runs, done to short ones: `make soak` (about ten minutes). Not a part of the test suite.
+"""What clusters do to long runs, done to short ones: `make soak` (ten to twenty minutes). Not a part of the test suite.
 
     python tests/soak/soak.py [--command=teacher|gan|refine|distill] [--kills=20] [--scenario=NAME ...] [--folder=DIR]
 
@@ -36,28 +36,34 @@ GOLDEN = ROOT / "tests/golden"
 
 COMMANDS = {
     "teacher": {
-        "command": "pretrain.py teacher --width=8 --channel-mult=1,1 --num-blocks=1 --attn-resolutions=4 --lr-rampup=0",
+        "command": "pretrain.py teacher --data={data} --width=8 --channel-mult=1,1 --num-blocks=1 "
+        "--attn-resolutions=4 --lr-rampup=0",
         "batch": 32,
         "ticks": 24,
     },
     "gan": {
-        "command": "pretrain.py gan --z-dim=8 --channel-base=64 --channel-max=8 --mbstd-group=2 --ada-kimg=1",
+        "command": "pretrain.py gan --data={data} --z-dim=8 --channel-base=64 --channel-max=8 --mbstd-group=2 "
+        "--ada-kimg=1",
         "batch": 32,
         "ticks": 24,
     },
     "refine": {
-        "command": "refine.py --network={golden}/stylegan2/sg2ada-cifar-cond.pkl "
-        "--teacher={golden}/edm/ddpmpp_cond.pkl --score-warmup=1.024 --metrics=none",
+        "command": "refine.py --network={golden}/stylegan2/sg3repo-stylegan2.pkl --teacher={golden}/edm/vp.pkl "
+        "--data={data} --objective=f-js --score-warmup=1.024 --metrics=none",
         "batch": 32,
         "ticks": 12,
+        "images": [16, 16, 3],
     },
     "distill": {
-        "command": "distill.py --teacher={golden}/edm/ddpmpp_cond.pkl --score-warmup=1.024 --metrics=none",
+        "command": "distill.py --teacher={golden}/distill/teacher.pkl --student-steps=2 --augment=0.12 "
+        "--score-warmup=1.024 --metrics=none",
         "batch": 32,
         "ticks": 12,
     },
 }
-"""What can be tested: the options that make it small, its batch, and how many ticks the whole run has."""
+"""What can be tested: the options that make it small, its batch, how many ticks the whole run has, and the shape of
+its data, where that is not 8x8 and grey.
+"""
 
 
 @dataclass
@@ -80,16 +86,15 @@ class Soak:
         if not self.data.exists():
             self.data.mkdir(parents=True)
             for i in range(64):
-                pixels = np.random.default_rng(i).integers(0, 256, [8, 8], np.uint8)
+                shape = COMMANDS[self.name].get("images", [8, 8])
+                pixels = np.random.default_rng(i).integers(0, 256, shape, np.uint8)
                 Image.fromarray(pixels).save(self.data / f"{i}.png")
 
     def start(self, outdir: Path, *options: str, **faults) -> subprocess.Popen:
         """The command in a process of its own, with `faults` of child.py."""
         recipe = COMMANDS[self.name]
-        command = recipe["command"].format(golden=GOLDEN).split()
-        if command[0] == "pretrain.py":
-            command.append(f"--data={self.data}")
-        command += [
+        command = [
+            *recipe["command"].format(golden=GOLDEN, data=self.data).split(),
             f"--batch={recipe['batch']}",
             f"--kimg={self.total / 1000}",
             f"--tick={TICK / 1000}",
@@ -183,21 +188,23 @@ def differences(run: Path, reference: Path) -> str:
 def kills(soak: Soak, outdir: Path, reference: Path, count: int) -> None:
     """kill -9 at random moments, start-up and saving included; then to the end."""
     random.seed(0)
-    rate = None
     for number in range(1, count + 1):
         before = soak.found(outdir)
         process = soak.start(outdir)
-        while not soak.seen() and process.poll() is None and number % 5:  # every fifth dies while it starts
-            time.sleep(0.01)
-        began = time.monotonic()
-        # What is left is shared by the kills to come, so that none of them finds a finished run.
-        left = (soak.total - before) / (count - number + 1)
-        time.sleep(random.random() * min(2.0, 1.5 * left / rate if rate else 1.0))
+        # What is left is shared by the kills to come, so that none of them finds a finished run; but there must be room
+        # for a tick, or the run never gets on.
+        left = soak.total - before
+        longest = min(max(1.5 * left / (count - number + 1), 1.6 * TICK), 0.7 * left)
+        if number % 5 == 0:  # dies while it starts
+            time.sleep(random.random() * 2)
+        else:
+            goal = before + 1 + random.random() * longest
+            while soak.seen() < goal and process.poll() is None:
+                time.sleep(0.001)
+            time.sleep(random.random() * 0.1)  # then it is somewhere within a step, or saves
         process.send_signal(signal.SIGKILL)
         status, _, error = soak.finish(process)
         seen = max(soak.seen(), before)
-        if soak.seen():
-            rate = max((seen - before) / (time.monotonic() - began), 1)
         problem = "" if status == -signal.SIGKILL else f"ended by itself with status {status}: {error}"
         soak.note(f"kill {number}", seen, soak.found(outdir), problem)
     soak.whole(outdir)

@@ -291,6 +291,25 @@ def test_saving_does_not_depend_on_how_the_network_is_held(change, tmp_path):
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in D.named_buffers())
 
 
+def test_half_precision_is_for_the_file_alone(tmp_path):
+    content = persistence.load(GOLDEN / "stylegan2/sg2ada-resnet16.pkl")
+    persistence.save(content, tmp_path / "full.pkl")
+    persistence.save(content, tmp_path / "half.pkl", half=True)
+    sizes = [(tmp_path / name).stat().st_size for name in ("full.pkl", "half.pkl")]
+    weights = sum(t.numel() for network in networks_of(content).values() for t in network.state_dict().values())
+    assert sizes[0] - sizes[1] > 1.9 * weights
+    read = persistence.load(tmp_path / "half.pkl")
+    for name, network in networks_of(content).items():
+        for key, value in network.state_dict().items():
+            found = read[name].state_dict()[key]
+            assert found.dtype == value.dtype and torch.equal(found, value.half().to(value.dtype)), f"{name}.{key}"
+    persistence.save(read, tmp_path / "again.pkl")  # whoever goes on with the network gets all digits
+    assert abs((tmp_path / "again.pkl").stat().st_size - sizes[0]) < 1000
+    next(iter(networks_of(content).values())).synthesis.b4.conv1.weight.data.fill_(1e6)
+    with pytest.raises(NetworkFormatError, match="non-finite"):
+        persistence.save(content, tmp_path / "half.pkl", half=True)
+
+
 @pytest.mark.gpu
 def test_saving_from_the_gpu(tmp_path):
     content = persistence.load(GOLDEN / "stylegan2/sg2ada-resnet16.pkl")

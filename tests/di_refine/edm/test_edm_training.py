@@ -101,6 +101,41 @@ def test_processes_agree_with_one(tmp_path):
             assert all(torch.equal(value, other["state"]["net"][name]) for other in saved[1:])
 
 
+def test_compiling_changes_nothing():
+    plain, compiled = make(precision="bf16"), make(precision="bf16", compile="aot_eager")
+    for one, other in zip(steps(plain, 2), steps(compiled, 2)):
+        assert other["loss"].item() == pytest.approx(one["loss"].item(), rel=1e-2)
+    assert plain.state_dict()["net"].keys() == compiled.state_dict()["net"].keys()
+    assert all(torch.isfinite(p).all() for p in compiled.ema.parameters())
+
+
+def test_the_learning_rate_falls_to_the_end():
+    config = TeacherConfig(batch=10, lr=1.0, lr_rampup=20, lr_rampdown=40, total=100)
+    rates = [config.lr_at(nimg) for nimg in range(10, 101, 10)]
+    assert rates == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert config.lr_at(200) == 0.25 and TeacherConfig(batch=10, lr=1.0, lr_rampup=0).lr_at(10**9) == 1
+    trainer = make(lr=1e-4, lr_rampdown=3 * BATCH, total=4 * BATCH)
+    steps(trainer, 4)
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4 / 3)
+    with pytest.raises(ValueError, match="total"):
+        TeacherConfig(lr_rampdown=5)
+
+
+def test_augmentation_is_not_rounded_by_autocast():
+    seen = []
+    trainer = make(precision="bf16")
+    pipe = trainer.augment_pipe
+
+    def watched(images, **kwargs):
+        augmented = pipe(images, **kwargs)
+        seen.append(augmented[0])
+        return augmented
+
+    trainer.augment_pipe = watched
+    steps(trainer, 1)
+    assert seen[0].dtype == torch.float32 and not torch.equal(seen[0], seen[0].bfloat16().float())
+
+
 def test_accumulation_equals_the_large_batch():
     """Noise levels, noise and augmentation do not depend on how the batch is divided."""
     large, small = make(), make(batch_gpu=3)

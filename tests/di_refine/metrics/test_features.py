@@ -10,9 +10,10 @@ import torch
 from di_refine import metrics
 from di_refine.errors import InputError, RunError
 from di_refine.metrics import features
+from di_refine.metrics.feature_training import AUGMENTATIONS, train_features
 from di_refine.metrics.features import load_detector
 from di_refine.metrics.inception import InceptionV3
-from di_refine.metrics.smallnet import SmallConvNet, load_small, save_small, train_features
+from di_refine.metrics.smallnet import SmallConvNet, SmallResNet, load_small, save_small
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,69 @@ def test_small_net_sizes(resolution, channels):
     net = SmallConvNet(resolution, channels, classes=7, width=4, feature_dim=12).eval()
     values = net(torch.randint(0, 256, [2, channels, resolution, resolution], dtype=torch.uint8))
     assert values.shape == (2, 12) and values.abs().max() <= 1 and net.logits(values).shape == (2, 7)
+
+
+@pytest.mark.parametrize("resolution", [8, 15, 32])
+def test_residual_net_sizes(resolution, tmp_path):
+    net = SmallResNet(resolution, 3, classes=7, width=4, feature_dim=12).eval()
+    pixels = torch.randint(0, 256, [2, 3, resolution, resolution], dtype=torch.uint8)
+    values = net(pixels)
+    assert values.shape == (2, 12) and values.abs().max() <= 1 and net.logits(values).shape == (2, 7)
+    for half, tolerance in [(False, 0), (True, 2e-2)]:
+        save_small(net, tmp_path / "net.safetensors", "net", half=half)
+        read = load_small(tmp_path / "net.safetensors")[0]
+        assert isinstance(read, SmallResNet) and read.head.weight.dtype == torch.float32
+        torch.testing.assert_close(read(pixels), values, atol=tolerance, rtol=0)
+
+
+def test_a_residual_net_learns_and_is_judged_by_what_is_given(digits):
+    images, labels = digits
+    net, report = train_features(
+        images[200:],
+        labels[200:],
+        held_out=(images[:200], labels[:200]),
+        architecture="residual",
+        augment="shift",
+        width=8,
+        epochs=3,
+        precision="bf16",
+    )
+    assert report["held_out_accuracy"] > 0.8 and report["held_out_images"] == 200
+    assert report["training_images"] == len(images) - 200
+    with torch.no_grad():
+        right = (net.logits(net(torch.from_numpy(images[:200]))).argmax(dim=1).numpy() == labels[:200]).mean()
+    assert right == pytest.approx(report["held_out_accuracy"])
+
+
+def test_a_stop_of_the_training_changes_nothing(digits, tmp_path):
+    images, labels = (values[:100] for values in digits)
+    settings = {"architecture": "residual", "augment": "shift", "width": 4, "epochs": 3, "mirror": True}
+    whole, report = train_features(images, labels, **settings)
+    state = tmp_path / "state.pt"
+    for done in (1, 2):
+        net, partial = train_features(images, labels, **settings, state=state, max_seconds=0)
+        assert net is None and partial == {"epochs": 3, "epochs_done": done} and state.is_file()
+    with pytest.raises(InputError, match="other options"):
+        train_features(images, labels, **{**settings, "epochs": 4}, state=state)
+    parts, again = train_features(images, labels, **settings, state=state, max_seconds=0)
+    assert again == report and not state.exists()
+    for a, b in zip(whole.state_dict().values(), parts.state_dict().values()):
+        assert torch.equal(a, b)
+
+
+def test_shift_moves_and_flips_whole_pixels():
+    images = torch.arange(2 * 16 * 16, dtype=torch.float32).reshape(1, 2, 16, 16).repeat(200, 1, 1, 1)
+    shifted = AUGMENTATIONS["shift"](images, True, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(images[:1], [2, 2, 2, 2], mode="reflect")
+    crops = {}
+    for row in range(5):
+        for column in range(5):
+            crop = padded[0, :, row : row + 16, column : column + 16]
+            crops[row, column, False], crops[row, column, True] = crop, crop.flip(2)
+    found = {next(key for key, crop in crops.items() if torch.equal(crop, image)) for image in shifted}
+    assert len(found) > 45 and not torch.equal(shifted, images)
+    plain = AUGMENTATIONS["shift"](images, False, torch.Generator().manual_seed(0))
+    assert all(any(torch.equal(crops[r, c, False], image) for r in range(5) for c in range(5)) for image in plain)
 
 
 def test_training_refuses(digits):
