@@ -249,7 +249,15 @@ def test_a_signal_stops_and_saves_and_the_run_goes_on_unchanged(tmp_path, name, 
     assert names(second.run, "network*") == names(whole.run, "network*")
 
 
-def test_a_second_interrupt_quits_at_once(tmp_path, capfd):
+@pytest.fixture
+def python_interrupts():
+    """Ctrl-C as Python begins with it; shells start background jobs with SIGINT ignored, and so perhaps these tests."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_a_second_interrupt_quits_at_once(tmp_path, capfd, python_interrupts):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
