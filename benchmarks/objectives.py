@@ -69,6 +69,12 @@ def measure(what: str, objective: str, seed: int) -> dict:
     }
 
 
+def spread(values: np.ndarray, digits: int) -> str:
+    """Mean and standard deviation; of one run there is only the value."""
+    mean = f"{values.mean():.{digits}f}"
+    return f"{mean} +- {values.std():.{digits}f}" if len(values) > 1 else mean
+
+
 @cli.command()
 @click.argument("what", type=click.Choice(list(COMMANDS)))
 @click.option("--objectives", "names", metavar="LIST", help="Which.  [default: those of the table in docs/]")
@@ -96,8 +102,8 @@ def main(what, names, seeds, results, table_only):
         cells = [
             f"`{name}`",
             f"{column['before'].mean():.3f}",
-            f"{column['after'].mean():.3f} +- {column['after'].std():.3f}",
-            f"{column['accuracy'].mean():.4f} +- {column['accuracy'].std():.4f}",
+            spread(column["after"], 3),
+            spread(column["accuracy"], 4),
             f"{column['images_per_sec'].mean():.0f}",
             f"{column['minutes'].mean():.1f}",
             str(len(runs)),

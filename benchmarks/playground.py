@@ -31,7 +31,10 @@ def main(names, seeds, steps):
         worst = min(worst, reduction)
         cells = [f"`{name}`", playground.own_divergence(name), f"{runs[0].before['own']:.3g}"]
         spread = after.std(dim=0, correction=0)
-        shown = [f"{mean:.3g} +- {std:.1g}" for mean, std in zip(after.mean(dim=0).tolist(), spread.tolist())]
+        shown = [
+            f"{mean:.3g} +- {std:.1g}" if len(runs) > 1 else f"{mean:.3g}"
+            for mean, std in zip(after.mean(dim=0).tolist(), spread.tolist())
+        ]
         cells += [
             shown[0],
             f"{100 * reduction:.1f}%",
