@@ -387,7 +387,7 @@ def batches(
 
 
 class Stream:
-    """A data set as a trainer's reference: `stream(start_nimg)` gives batches in [-1, 1] and labels from there on.
+    """A data set as trainers want it: `stream(start_nimg)` gives batches and labels from that image on.
 
     Of several processes each gets its share of the batch.
 
@@ -396,9 +396,9 @@ class Stream:
         batch: images per batch of all processes together.
         seed, device, workers: as for `batches`.
         labels: give labels, or drop them.
+        as_float: give float images in [-1, 1] instead of uint8.
 
     Attributes:
-        class_frequencies: `[label_dim]`, or None without labels.
         seconds: spent waiting for images so far.
     """
 
@@ -410,14 +410,20 @@ class Stream:
         device: torch.device | str,
         workers: int,
         labels: bool = True,
+        as_float: bool = True,
     ):
         self._dataset, self._batch, self._seed = dataset, batch, seed
         self._device, self._workers = device, workers
-        self.class_frequencies = dataset.class_frequencies() if labels and dataset.has_labels else None
+        self._labels, self._as_float = labels and dataset.has_labels, as_float
         self.seconds = 0.0
 
+    @property
+    def class_frequencies(self) -> np.ndarray | None:
+        """`[label_dim]`, or None without labels."""
+        return self._dataset.class_frequencies() if self._labels else None
+
     def __call__(self, start_nimg: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Float images `[share, C, R, R]` and labels `[share, label_dim]`."""
+        """Images `[share, C, R, R]` and labels `[share, label_dim]`."""
         rank, size = distributed.rank(), distributed.world_size()
         source = batches(
             self._dataset,
@@ -433,7 +439,8 @@ class Stream:
             clock = time.monotonic()
             images, labels = next(source)
             self.seconds += time.monotonic() - clock
-            yield images.float() / 127.5 - 1, labels if self.class_frequencies is not None else labels[:, :0]
+            images = images.float() / 127.5 - 1 if self._as_float else images
+            yield images, labels if self._labels else labels[:, :0]
 
 
 class _Order:

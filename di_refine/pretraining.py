@@ -2,7 +2,6 @@
 
 import functools
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,7 +150,6 @@ class Options(_Namespace):
     def __init__(self, values: dict, kind: str):
         super().__init__(values)
         self.kind = kind
-        self.data_seconds = 0.0
         if self.batch_gpu and self.batch % self.batch_gpu:
             raise InputError(f"--batch={self.batch} is not divisible by --batch-gpu={self.batch_gpu}")
         cli.check_outdir(self.outdir)
@@ -159,6 +157,10 @@ class Options(_Namespace):
         if self.cond and not self.dataset.has_labels:
             raise InputError(f"--cond needs labels, and --data={self.data} has none; add them, or give --no-cond")
         self.label_dim = self.dataset.label_dim if self.cond in (None, True) else 0
+        labels = self.label_dim > 0
+        self.batches = data.Stream(
+            self.dataset, self.batch, self.seed, self.device, self.workers, labels, as_float=False
+        )
         metrics = [name for name in self.metrics.split(",") if name]
         self.evaluator = None
         if metrics:
@@ -176,25 +178,6 @@ class Options(_Namespace):
             click.echo(json.dumps(self.record(), indent=2), err=True)
             cli.print_result(self.record())
         return self.dry_run
-
-    def batches(self, start_nimg: int):
-        """This process's training batches from that image on; labels are dropped for an unconditional network."""
-        rank, size = distributed.rank(), distributed.world_size()
-        stream = data.batches(
-            self.dataset,
-            self.batch // size,
-            self.seed,
-            start_nimg,
-            self.device,
-            self.workers,
-            rank=rank,
-            world_size=size,
-        )
-        while True:
-            clock = time.monotonic()
-            pixels, labels = next(stream)
-            self.data_seconds += time.monotonic() - clock
-            yield pixels, labels if self.label_dim else labels[:, :0]
 
     def train(self, trainer, networks, net, status) -> int:
         """Run the loop, print the result, and return the command's exit status."""
@@ -226,7 +209,7 @@ class Options(_Namespace):
             higher_is_better=bool(self.evaluator) and self.evaluator.specs[0].higher_is_better,
             picture=picture,
             status=status,
-            data_wait=lambda: self.data_seconds,
+            data_wait=lambda: self.batches.seconds,
         )
         if state is not None:
             loop.resume(state)
