@@ -8,7 +8,7 @@ import torch
 from di_refine import cli, zoo
 from di_refine.errors import InputError
 from di_refine.experiment import Experiment
-from di_refine.generators import DistilledGenerator, NetworkSampler, load_kind, step_sigmas
+from di_refine.generators import DistilledGenerator, NetworkSampler, averaged, load_kind, step_sigmas
 from di_refine.options import Options, option
 from di_refine.trainer import Trainer
 
@@ -40,7 +40,7 @@ class Distillation(Experiment):
         self.teacher_paths = [zoo.resolve(name, option="--teacher") for name in o.teacher]
         self.network_path = self.teacher_paths[0]
         self.networks = load_kind(self.network_path, "edm", "--teacher")
-        self.original = self.networks.get("ema", self.networks.get("G_ema"))
+        self.original = averaged(self.networks)
         self.label_dim = self.original.label_dim
         self.sigmas = self._sigmas()
 

@@ -22,7 +22,7 @@ from di_refine.bridge import Bridge
 from di_refine.critic import Critic
 from di_refine.edm.augment import AugmentPipe
 from di_refine.errors import InputError
-from di_refine.generators import NetworkSampler, load_kind, load_networks
+from di_refine.generators import NetworkSampler, averaged, load_kind, load_networks
 from di_refine.metrics.evaluate import Evaluator
 from di_refine.options import Options, resolve
 from di_refine.run import Loop, RunDirectory, Schedule, Snapshot, measure, open_run
@@ -74,8 +74,14 @@ class Experiment(ABC):
         names = ", ".join(path.name for path in self.teacher_paths)
         if o.dropout == "matched" and not any(getattr(module, "dropout", 0) for module in self.teacher.modules()):
             raise InputError(f"--dropout=matched has no effect: the teacher {names} was built without dropout")
-        if o.augment and not self._augment_dim():
-            raise InputError(f"--augment needs a teacher with augmentation labels, and {names} has none; leave it out")
+        wanted, found = AugmentPipe.edm().label_dim, self._augment_dim()
+        if o.augment and found != wanted:
+            raise InputError(
+                f"--augment needs a teacher with {wanted} augmentation labels, and {names} has {found or 'none'}; "
+                "leave it out"
+            )
+        if o.stop_if_worse and not self.evaluator:
+            raise InputError("--stop-if-worse goes by the first metric, and there is none; give --metrics")
 
     # What subclasses say ----------------------------------------------------------------------------------------------
 
@@ -248,8 +254,7 @@ class Experiment(ABC):
         """The denoiser of the first teacher, or the ensemble of all."""
         loaded = []
         for path in self.teacher_paths:
-            networks = load_kind(path, "edm", "--teacher")
-            loaded.append(networks.get("ema", networks.get("G_ema")))
+            loaded.append(averaged(load_kind(path, "edm", "--teacher")))
         ensemble = Ensemble(loaded, self.options.teacher_weight or None)
         return ensemble if len(loaded) > 1 else loaded[0]
 
@@ -288,7 +293,8 @@ class Experiment(ABC):
             raise InputError(
                 f"--data={o.data} has {dataset.label_dim} classes, but the generator is conditional on {self.label_dim}"
             )
-        if self.label_dim and (missing := np.flatnonzero(dataset.class_frequencies() == 0)).size:
+        drawn = np.ones(self.label_dim) if self.class_probs is None else self.class_probs
+        if self.label_dim and (missing := np.flatnonzero((dataset.class_frequencies() == 0) & (drawn > 0))).size:
             raise InputError(f"--data={o.data} has no image of class {missing[0]}, which the generator draws")
         return dataset
 
@@ -383,8 +389,10 @@ class Experiment(ABC):
     def _critic(self) -> Critic | None:
         if not self._uses_critic():
             return None
-        net, augment = self._critic_networks()
-        return Critic(copy.deepcopy(net).to(self.device), self.options.gamma, augment)
+        net, augment = copy.deepcopy(self._critic_networks())
+        if augment is not None:
+            augment = augment.to(self.device)
+        return Critic(net.to(self.device), self.options.gamma, augment)
 
     def _augment_dim(self) -> int:
         first = self.teacher.teachers[0] if isinstance(self.teacher, Ensemble) else self.teacher
@@ -422,7 +430,7 @@ class Experiment(ABC):
             by_path: dict[Path | None, dict[str, float]] = {}
             for path in (snapshot.path for snapshot in snapshots.values()):
                 if path not in by_path:
-                    which = nets[path] if path in nets else _average(path)
+                    which = nets[path] if path in nets else averaged(load_networks(path)[1])
                     sampler = self._sampler(which)
                     by_path[path] = self._measure(self.final_evaluator, sampler, directory, path and path.name)
             rows = {row: by_path[snapshot.path] for row, snapshot in snapshots.items()}
@@ -500,11 +508,6 @@ def launch(
 def interrupted(loop: Loop) -> bool:
     """Whether a signal ended it."""
     return loop.stopped is not None and loop.stopped.startswith("SIG")
-
-
-def _average(path: Path) -> torch.nn.Module:
-    networks = load_networks(path)[1]
-    return networks["G_ema"] if "G_ema" in networks else networks["ema"]
 
 
 def _count(net: torch.nn.Module) -> int:

@@ -202,6 +202,11 @@ def load_networks(path) -> tuple[str, dict]:
     )
 
 
+def averaged(networks: dict) -> torch.nn.Module:
+    """The averaged network of a pickle: `ema` of an EDM file, which other tools call `G_ema` as StyleGAN2 does."""
+    return networks["ema"] if "ema" in networks else networks["G_ema"]
+
+
 def load_kind(path, kind: str, option: str) -> dict:
     """A network file that has to be of one kind, 'stylegan2' or 'edm': a diffusion model that was not distilled.
 
@@ -234,7 +239,7 @@ def load_sampler(
     A distilled generator says so in its file (`distilled_sigmas`); `init_sigma` makes any denoiser one of one step.
     """
     kind, networks = load_networks(path)
-    net = networks["G_ema"] if kind == "stylegan2" else networks.get("ema", networks.get("G_ema"))
+    net = averaged(networks)
     if init_sigma is not None and kind != "edm":
         raise InputError(f"--init-sigma is for EDM networks, and {path} is a StyleGAN2 generator")
     sigmas = networks.get("distilled_sigmas") if init_sigma is None else [init_sigma]

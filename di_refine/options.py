@@ -28,7 +28,7 @@ def option(default: Any, type: Any, help: str, *names: str, metavar: str | None 
         default: its default; `...` makes it required.
         type: of click; `bool` makes it `--name/--no-name`.
         help: one sentence.
-        names: further names, or the only ones for a flag of another form.
+        names: further names.
         metavar: stands for the value in the help.
         multiple: may be repeated; the value is a tuple.
     """

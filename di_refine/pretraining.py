@@ -166,6 +166,8 @@ class Options(_Namespace):
         if metrics:
             several = distributed.world_size() > 1
             self.evaluator = Evaluator(metrics, self.dataset, self.detector, self.device, distributed=several)
+        elif self.stop_if_worse:
+            raise InputError("--stop-if-worse goes by the first metric, and there is none; give --metrics")
 
     def record(self) -> dict:
         """What `training_options.json` says."""

@@ -24,7 +24,7 @@ from di_refine.archive import Picture, map_in_order, new_folders, tool, write_ar
 from di_refine.data import ImageDataset
 from di_refine.download import sha256_of
 from di_refine.errors import InputError, RunError
-from di_refine.generators import NetworkSampler, load_kind
+from di_refine.generators import NetworkSampler, averaged, load_kind
 from di_refine.images import to_uint8
 from torch_utils.misc import derive_seed, open_atomic
 
@@ -103,8 +103,7 @@ def load_teacher(path: Path) -> torch.nn.Module:
     Raises:
         InputError: naming --teacher, when the file is none or holds another kind of network.
     """
-    networks = load_kind(path, "edm", "--teacher")
-    return networks.get("ema", networks.get("G_ema"))
+    return averaged(load_kind(path, "edm", "--teacher"))
 
 
 def class_probs(text: str | None, classes: int) -> np.ndarray | None:

@@ -449,7 +449,9 @@ class Trainer:
         if frequencies is None or not len(self._class_probs):
             return torch.zeros_like(self._class_probs)
         reference = torch.as_tensor(frequencies, dtype=torch.float32, device=self.device)
-        return (reference / reference.sum()).log() - (self._class_probs / self._class_probs.sum()).log()
+        ratio = (reference / reference.sum()) / (self._class_probs / self._class_probs.sum())
+        # A class that one side never has teaches nothing about the others, and its infinite logarithm would spoil them.
+        return torch.where((reference > 0) & (self._class_probs > 0), ratio, 1).log()
 
     def _stateful(self) -> dict[str, Any]:
         names = ["generator", "ema", "student", "generator_optimizer", "student_optimizer"]

@@ -277,6 +277,7 @@ def broken(tmp_path, kind):
         ({"data": "digits-16x16.zip"}, ["--data", "--objective=ikl", "leave it out"]),
         ({"tmax": 1001}, ["--tmax", "at most 1000"]),
         ({"teacher_weight": 0.5}, ["--teacher-weight must sum to 1"]),
+        ({"stop_if_worse": 1.5}, ["--stop-if-worse", "--metrics"]),
         ({"score_steps": 0}, ["--score-steps", "at least 1"]),
         ({"network": G_UNCOND}, ["classes", "unconditional teacher"]),
         ({"batch": 6, "batch_gpu": 4}, ["--batch=6", "--batch-gpu=4"]),

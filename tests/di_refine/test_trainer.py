@@ -716,3 +716,15 @@ def test_reduced_precision_pulls_the_same_way():
         trainer.step()
     flat = {key: torch.cat([g.flatten() for g in value["generator"]]) for key, value in found.items()}
     assert torch.nn.functional.cosine_similarity(flat["fp32"], flat["bf16"], dim=0) > 0.99
+
+
+def test_a_class_that_is_never_drawn_spoils_no_ratio():
+    """Frequencies of zero, on either side, have no logarithm; the other classes keep their corrections."""
+    stream = images(4, 3)
+    stream.class_frequencies = [0.5, 0.5, 0.0]
+    trainer = make_trainer(3)
+    config = TrainerConfig("f-js", batch=4, class_probs=[0.25, 0.0, 0.75])
+    trainer = Trainer(trainer.ema.train(), trainer.teacher, config, reference=stream)
+    torch.testing.assert_close(trainer._log_prior, torch.tensor([math.log(2), 0.0, 0.0]))
+    assert trainer.step()["ratio_loss"].isfinite()
+    trainer.check_finite()
