@@ -1,33 +1,9 @@
-"""Refine a trained StyleGAN2-ADA generator with a diffusion teacher, without training data (Diff-Instruct)."""
+"""Refine a StyleGAN2 generator with a diffusion teacher: `python refine.py --help`.
 
-import click
+The command is in `di_refine/commands/refine.py`.
+"""
 
-from di_refine import cli, zoo
-from di_refine.experiment import launch
-from di_refine.options import click_options
-from di_refine.refinement import Refinement, RefineOptions
-
-
-@cli.command()
-@click_options(RefineOptions)
-@click.option("--dry-run", is_flag=True, help="Check everything, print the resolved options, and stop.")
-@cli.ops_option
-@cli.device_option
-@click.pass_context
-def main(context, dry_run, **values):
-    """Refine a StyleGAN2-ADA generator with a diffusion model of the same images, without any data.
-
-    \b
-    python refine.py --network=stylegan2-digits.pkl                       (shipped, minutes on a CPU)
-    python refine.py --network=stylegan2-cifar10.pkl --precision=bf16     (official networks, a GPU)
-    python refine.py --network=mine.pkl --teacher=edm.pkl --metrics=fid5k_full --ref=reference.npz
-
-    Options that are not given have the values of the preset. A network of the registry brings values for its size,
-    which go before the preset's. --dry-run shows what results, and from where.
-    """
-    entry = zoo.entry_for_path(zoo.resolve(values["network"], option="--network")) or {}
-    return launch(Refinement, RefineOptions, context, values, entry.get("refine", {}), dry_run)
-
+from di_refine.commands.refine import main
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
 
-from quadrature import (  # noqa: E402
+from quadrature import (
     GENERATORS,
     SETTINGS,
     F,
@@ -27,9 +27,10 @@ from quadrature import (  # noqa: E402
     unit,
 )
 
-from di_refine import cli, objectives  # noqa: E402
-from di_refine.errors import InputError  # noqa: E402
-from torch_utils import misc  # noqa: E402
+from di_refine import objectives, terminal
+from di_refine.commands import cli
+from di_refine.errors import InputError
+from torch_utils import misc
 
 TITLES = {
     "rkl": "reverse KL",
@@ -134,12 +135,12 @@ def main(figure):
 
     table = differences()
     header = [f"{teacher}/{generator} s={s}" for teacher, generator, s in SETTINGS]
-    cli.table([[name, *(f"{value:.0e}" for value in row)] for name, row in table.items()], ["objective", *header])
+    terminal.table([[name, *(f"{value:.0e}" for value in row)] for name, row in table.items()], ["objective", *header])
 
     click.echo("")
     sums = {name: expansion(name) for name in F}
     rows = [[f"uni-{name}", *pair, f"{abs(pair[1] / pair[0] - 1):.0e}"] for name, pair in sums.items()]
-    cli.table(rows, ["objective", "D_f(q0 || p0)", "integral of s E_p[h |u|^2] ds", "difference"])
+    terminal.table(rows, ["objective", "D_f(q0 || p0)", "integral of s E_p[h |u|^2] ds", "difference"])
 
     click.echo("")
     biased = detached()
@@ -147,11 +148,11 @@ def main(figure):
         [f"uni-{name}", *(cell for kept, cut in pairs for cell in (kept, cut, f"{cut / kept - 1:+.0%}"))]
         for name, pairs in biased.items()
     ]
-    cli.table(rows, ["d/db of", *("exact, Gaussian", "detached", "bias", "exact, wavy", "detached", "bias")])
+    terminal.table(rows, ["d/db of", *("exact, Gaussian", "detached", "bias", "exact, wavy", "detached", "bias")])
 
     if path:
         draw(Path(path), table)
-    cli.print_result(
+    terminal.print_result(
         {
             "max_difference": max(map(max, table.values())),
             "differences": table,

@@ -21,11 +21,13 @@ from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.update import load, noise  # noqa: E402
-from di_refine import cli, memory, objectives  # noqa: E402
-from di_refine.generators import DistilledGenerator, StyleGAN2Generator  # noqa: E402
-from di_refine.trainer import Trainer, TrainerConfig  # noqa: E402
-from di_refine.trainer_config import PRECISIONS  # noqa: E402
+from benchmarks.update import load, noise
+from di_refine import objectives, terminal
+from di_refine.commands import cli
+from di_refine.generators import DistilledGenerator, StyleGAN2Generator
+from di_refine.runs import memory
+from di_refine.trainer import Trainer, TrainerConfig
+from di_refine.trainer_config import PRECISIONS
 
 
 def measured_peak(trainer: Trainer) -> int:
@@ -85,7 +87,7 @@ def main(network, batch, batch_gpu, precision, objective, checkpoint_score, dist
     measured = measured_peak(trainer)
     click.echo(f"estimated in {seconds:.1f} s: {estimate}", err=True)
     click.echo(f"measured: {memory.gib(measured):g} GiB", err=True)
-    cli.print_result({"estimated_gib": memory.gib(estimate.peak), "measured_gib": memory.gib(measured)})
+    terminal.print_result({"estimated_gib": memory.gib(estimate.peak), "measured_gib": memory.gib(measured)})
 
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from di_refine import cli, metrics  # noqa: E402
-from di_refine.metrics.distances import squared_mmd  # noqa: E402
-from di_refine.metrics.features import load_detector  # noqa: E402
-from di_refine.metrics.inception import InceptionV3  # noqa: E402
-from di_refine.metrics.statistics import FeatureMoments, moments  # noqa: E402
+from di_refine import metrics
+from di_refine.commands import cli
+from di_refine.metrics.detectors import load_detector
+from di_refine.metrics.distances import squared_mmd
+from di_refine.metrics.inception import InceptionV3
+from di_refine.metrics.statistics import FeatureMoments, moments
 
 GOLDEN = ROOT / "tests" / "golden" / "metrics"
 

@@ -15,12 +15,13 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "torch_utils")]
 
-import test_persistence_limits as limits  # noqa: E402
-from golden_io import GOLDEN, load_npz, relative_error  # noqa: E402
+import test_persistence_limits as limits
+from golden_io import GOLDEN, load_npz, relative_error
 
-from di_refine import cli, interchange  # noqa: E402
-from di_refine.edm.networks import EDMPrecond  # noqa: E402
-from torch_utils import persistence  # noqa: E402
+from di_refine import terminal
+from di_refine.edm.networks import EDMPrecond
+from di_refine.files import safetensors_pair
+from torch_utils import persistence
 
 PICKLES = sorted(str(path.relative_to(GOLDEN)) for path in GOLDEN.glob("*/*.pkl"))
 
@@ -38,7 +39,7 @@ def golden() -> None:
         for found, expected in errors(name, content):
             error, count = max(error, relative_error(found, torch.from_numpy(expected))), count + 1
         rows.append([name, round((GOLDEN / name).stat().st_size / 1e6, 2), round(seconds, 3), count, f"{error:.1e}"])
-    cli.table(rows, ["pickle", "MB", "load s", "arrays", "max relative error"])
+    terminal.table(rows, ["pickle", "MB", "load s", "arrays", "max relative error"])
 
 
 def tensors(data: dict, *names: str) -> list[torch.Tensor]:
@@ -82,7 +83,7 @@ def hostile() -> None:
     for name, (text, seconds, memory) in limits.run(limits.HOSTILE)["outcome"].items():
         outcome = text.removeprefix("network pickle: ")
         rows.append([name, round(seconds, 3), round(memory / 1e6, 1), outcome[:90]])
-    cli.table(rows, ["file", "cpu s", "MB", "refused, because"])
+    terminal.table(rows, ["file", "cpu s", "MB", "refused, because"])
     print(f"{len(rows)} files, at most {max(row[1] for row in rows)} s and {max(row[2] for row in rows)} MB")
 
 
@@ -94,11 +95,11 @@ def roundtrip() -> None:
         for name in PICKLES:
             networks = persistence.load(GOLDEN / name)
             persistence.save(networks, a)
-            interchange.save(networks, b)
-            persistence.save(interchange.load(b), c)
+            safetensors_pair.save(networks, b)
+            persistence.save(safetensors_pair.load(b), c)
             hashes = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in (a, c)]
             rows.append([name, *hashes, "equal" if a.read_bytes() == c.read_bytes() else "DIFFERENT"])
-    cli.table(rows, ["pickle", "written", "via safetensors", "bytes"])
+    terminal.table(rows, ["pickle", "written", "via safetensors", "bytes"])
 
 
 def large() -> None:

@@ -1,6 +1,6 @@
 """Which objective is best for what: every one on the shipped digits, over several seeds.
 
-    python -m di_refine.sample_teacher --teacher=edm-digits-16x16-cond.pkl --num=3000 --steps=10     # for the ratios
+    python -m di_refine sample-teacher --teacher=edm-digits-16x16-cond.pkl --num=3000 --steps=10     # for the ratios
     python benchmarks/objectives.py refine --results=docs/results/refine-digits.jsonl
     python benchmarks/objectives.py distill --results=docs/results/distill-digits.jsonl
 
@@ -23,8 +23,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from di_refine import cli, objectives  # noqa: E402
-from di_refine.errors import RunError  # noqa: E402
+from di_refine import objectives, terminal
+from di_refine.commands import cli
+from di_refine.errors import RunError
 
 COMMANDS = {
     "refine": ["refine.py", "--network=stylegan2-digits.pkl"],
@@ -109,7 +110,7 @@ def main(what, names, seeds, results, table_only):
             str(len(runs)),
         ]
         print(f"| {' | '.join(cells)} |")
-    cli.print_result({"command": what, "runs": len(found), "results": str(path)})
+    terminal.print_result({"command": what, "runs": len(found), "results": str(path)})
 
 
 if __name__ == "__main__":

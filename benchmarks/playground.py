@@ -12,7 +12,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from di_refine import cli, objectives, playground  # noqa: E402
+from di_refine import objectives, terminal
+from di_refine.commands import (
+    cli,
+    playground,
+)
 
 
 @cli.command()
@@ -42,7 +46,7 @@ def main(names, seeds, steps):
             f"{sum(run.seconds for run in runs) / len(runs):.0f}",
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
-    cli.print_result({"seeds": seeds, "steps": steps, "smallest_reduction": worst, "machine": platform.machine()})
+    terminal.print_result({"seeds": seeds, "steps": steps, "smallest_reduction": worst, "machine": platform.machine()})
 
 
 if __name__ == "__main__":

@@ -19,12 +19,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from di_refine import cli, objectives, zoo  # noqa: E402
-from di_refine.edm.networks import EDMPrecond  # noqa: E402
-from di_refine.generators import DistilledGenerator, StyleGAN2Generator, load_networks  # noqa: E402
-from di_refine.trainer import Trainer, TrainerConfig  # noqa: E402
-from di_refine.trainer_config import PRECISIONS  # noqa: E402
-from stylegan2_ada.networks import Generator  # noqa: E402
+from di_refine import objectives, terminal
+from di_refine.commands import cli
+from di_refine.edm.networks import EDMPrecond
+from di_refine.files import registry
+from di_refine.generators import DistilledGenerator, StyleGAN2Generator, load_networks
+from di_refine.trainer import Trainer, TrainerConfig
+from di_refine.trainer_config import PRECISIONS
+from stylegan2_ada.networks import Generator
 
 
 def load(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -34,8 +36,8 @@ def load(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
         generator = Generator(512, 10, 512, 32, 3, mapping_kwargs={"num_layers": 2}, synthesis_kwargs=synthesis)
         shape = {"img_resolution": 32, "img_channels": 3, "label_dim": 10, "model_type": "SongUNet", "augment_dim": 9}
         return generator, EDMPrecond(**shape, model_channels=128, channel_mult=[2, 2, 2], dropout=0.13)
-    path = zoo.resolve(name)
-    return load_networks(path)[1]["G_ema"], load_networks(zoo.companion(path, "teacher"))[1]["ema"]
+    path = registry.resolve(name)
+    return load_networks(path)[1]["G_ema"], load_networks(registry.companion(path, "teacher"))[1]["ema"]
 
 
 def noise(teacher: torch.nn.Module, batch: int, device: torch.device):
@@ -86,9 +88,9 @@ def main(network, batch, precision, objective, distill, steps, repeats, threads,
     )
     mean, sd = np.mean(speeds), np.std(speeds, ddof=1) if repeats > 1 else 0.0
     header = ["network", "objective", "precision", "batch", "device", "img/s", "sd"]
-    cli.table([[network, objective, precision, batch, name, mean, sd]], header)
+    terminal.table([[network, objective, precision, batch, name, mean, sd]], header)
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    cli.print_result({"network": network, "images_per_sec": mean, "sd": sd, "device": name, "gpu_gib": memory})
+    terminal.print_result({"network": network, "images_per_sec": mean, "sd": sd, "device": name, "gpu_gib": memory})
 
 
 if __name__ == "__main__":

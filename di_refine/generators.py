@@ -13,7 +13,7 @@ import torch
 
 from di_refine.edm import sampler as edm_sampler
 from di_refine.errors import InputError
-from di_refine.images import to_uint8
+from di_refine.files.pictures import to_uint8
 from di_refine.noise import EdmGrid
 from torch_utils import misc, persistence
 

@@ -9,10 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-from di_refine import zoo
-from di_refine.data import ImageDataset
 from di_refine.errors import InputError
-from di_refine.metrics.features import Identity
+from di_refine.files import registry
+from di_refine.files.datasets import ImageDataset
+from di_refine.metrics.detectors import Identity
 from di_refine.metrics.statistics import FeatureStatistics
 
 LAYOUT = 1  # to be raised when statistics come to be computed in another way
@@ -34,7 +34,7 @@ def cache_path(dataset: ImageDataset, detector: Identity, with_features: bool, d
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     kept = "features" if with_features else "moments"
-    return zoo.cache_folder() / "statistics" / f"{detector.name}-{digest}-{kept}.npz"
+    return registry.cache_folder() / "statistics" / f"{detector.name}-{digest}-{kept}.npz"
 
 
 def find(dataset: ImageDataset, detector: Identity, with_features: bool, dataset_hash: str) -> FeatureStatistics | None:

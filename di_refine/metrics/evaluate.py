@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from di_refine import cli
-from di_refine.data import ImageDataset
+from di_refine import terminal
 from di_refine.errors import InputError
+from di_refine.files.datasets import ImageDataset
 from di_refine.metrics import distances
-from di_refine.metrics.features import FeatureNet, Identity, load_detector
-from di_refine.metrics.names import MetricSpec, parse_metric, parse_metrics
+from di_refine.metrics.detectors import FeatureNet, Identity, load_detector
+from di_refine.metrics.kinds import MetricSpec, parse_metric, parse_metrics
 from di_refine.metrics.parallel import Ranks
 from di_refine.metrics.references import (
     Reference,
@@ -300,7 +300,7 @@ class Evaluator:
     def _statistics_of(self, dataset: ImageDataset, net: FeatureNet) -> FeatureStatistics:
         specs = [spec for spec in self.specs if self.detectors.get(spec.detector) is net]
         shown = Ranks(self.distributed).is_first
-        with cli.progress(len(dataset), f"reference {dataset.name}", "img", enabled=shown) as bar:
+        with terminal.progress(len(dataset), f"reference {dataset.name}", "img", enabled=shown) as bar:
             return self.reference_statistics(
                 dataset,
                 net,

@@ -11,7 +11,7 @@ import torch
 
 from di_refine.errors import InputError
 from di_refine.generators import NetworkSampler, latents
-from di_refine.metrics.features import FeatureNet, load_detector
+from di_refine.metrics.detectors import FeatureNet, load_detector
 from torch_utils.misc import derive_seed
 
 EPSILON = 1e-4

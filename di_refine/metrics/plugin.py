@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from di_refine.errors import InputError
-from di_refine.metrics.features import Identity, other_name
+from di_refine.metrics.detectors import Identity, other_name
 
 RESIZE_RULES = ("antialiased-bilinear", "antialiased-bicubic", "internal")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from di_refine.data import ImageDataset
 from di_refine.errors import InputError
+from di_refine.files.datasets import ImageDataset
 from di_refine.metrics import cache as cached
-from di_refine.metrics.features import FeatureNet, Identity, load_detector
+from di_refine.metrics.detectors import FeatureNet, Identity, load_detector
 from di_refine.metrics.parallel import Ranks
 from di_refine.metrics.sources import ImageSampler
 from di_refine.metrics.statistics import FeatureMoments, FeatureStatistics
@@ -91,9 +91,9 @@ def open_reference(source: Reference) -> FeatureStatistics | ImageDataset:
         return source
     path = Path(source)
     if not path.exists():
-        from di_refine import zoo
+        from di_refine.files import registry
 
-        path = Path(zoo.resolve(source, option="--ref", kind=("statistics", "dataset")))
+        path = Path(registry.resolve(source, option="--ref", kind=("statistics", "dataset")))
     return FeatureStatistics.load(path) if path.suffix == ".npz" else ImageDataset(path, option="--ref")
 
 
@@ -111,9 +111,9 @@ def mismatch(statistics: FeatureStatistics, identity: Identity, wants_features: 
 
 def registered_statistics(net: FeatureNet) -> FeatureStatistics | None:
     """The statistics that the registry says belong to a feature network, or None."""
-    from di_refine import zoo
+    from di_refine.files import registry
 
-    path = None if net.path is None else zoo.companion(net.path, "statistics")
+    path = None if net.path is None else registry.companion(net.path, "statistics")
     return None if path is None else FeatureStatistics.load(path)
 
 

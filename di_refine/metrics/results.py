@@ -6,8 +6,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from di_refine import cli
-from di_refine.metrics.features import Identity
+from di_refine import terminal
+from di_refine.metrics.detectors import Identity
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def write_jsonl(
         "results": result.values,
         "metric": result.name,
         "total_time": result.seconds,
-        "total_time_str": cli.format_time(result.seconds),
+        "total_time_str": terminal.format_time(result.seconds),
         "num_gpus": result.num_gpus,
         "snapshot_pkl": None if snapshot_pkl is None else os.fspath(snapshot_pkl),
         "timestamp": time.time(),

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from di_refine.data import ImageDataset
 from di_refine.errors import InputError
+from di_refine.files.datasets import ImageDataset
 
 
 class ImageSampler:

@@ -8,8 +8,9 @@ import torch
 from stages import Stage
 from torch.utils.flop_counter import FlopCounterMode
 
-from di_refine import cli, images
-from di_refine.data import ImageDataset
+from di_refine.commands import cli
+from di_refine.files import pictures
+from di_refine.files.datasets import ImageDataset
 from di_refine.generators import NetworkSampler, load_networks, load_sampler
 from stylegan2_ada.networks import Discriminator
 
@@ -46,9 +47,9 @@ def side_by_side(stage: Stage, titles: dict[str, str], path: Path, rows: int = 6
         columns = max(sampler.label_dim, 1)
         seeds = list(range(rows * columns))
         labels = torch.eye(sampler.label_dim)[torch.arange(columns).repeat(rows)] if sampler.label_dim else None
-        panels.append((title, images.to_uint8(sampler.images(seeds, labels, noise_mode="const"))))
+        panels.append((title, pictures.to_uint8(sampler.images(seeds, labels, noise_mode="const"))))
     columns = len(panels[-1][1]) // rows
-    images.save_side_by_side(path, panels, columns=columns)
+    pictures.save_side_by_side(path, panels, columns=columns)
 
 
 def operations(stage: Stage) -> dict[str, float]:

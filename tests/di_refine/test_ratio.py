@@ -8,9 +8,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from di_refine import ratio
+from di_refine.commands.playground import MixtureDenoiser, PlaneDenoiser, reference
 from di_refine.edm.networks import EDMPrecond
 from di_refine.noise import LogNormal
-from di_refine.playground import MixtureDenoiser, PlaneDenoiser, reference
 from di_refine.ratio import DensityRatio
 from di_refine.trainer import Trainer, TrainerConfig
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from golden_io import GOLDEN, assert_close
 
-from di_refine import playground
+from di_refine.commands import playground
 from di_refine.critic import Critic
 from di_refine.edm.networks import EDMPrecond
 from di_refine.errors import RunError

@@ -17,14 +17,15 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "tests" / "torch_utils")]
 
-import atheris  # noqa: E402
-import torch  # noqa: E402
+import atheris
+import torch
 
 with atheris.instrument_imports(include=["torch_utils"]):
-    from torch_utils import _pickle_reader, _pickle_writer, persistence  # noqa: E402
+    from torch_utils import persistence
+    from torch_utils.persistence import reader, writer
 
-import test_persistence_hostile as hostile  # noqa: E402
-from golden_io import GOLDEN  # noqa: E402
+import test_persistence_hostile as hostile
+from golden_io import GOLDEN
 
 _FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.connect", "compile")
 _MAX_SEED = 30_000  # bytes
@@ -62,9 +63,9 @@ def seeds() -> dict[str, bytes]:
     for path in sorted(GOLDEN.glob("*/*.pkl")):
         if len(path.read_bytes()) > 2_000_000:
             continue
-        content = _pickle_reader.read(path.read_bytes())
+        content = reader.read(path.read_bytes())
         records = content.values() if isinstance(content, dict) else content
-        for index, record in enumerate(item for item in records if isinstance(item, _pickle_reader.Record)):
+        for index, record in enumerate(item for item in records if isinstance(item, reader.Record)):
             for number, part in enumerate(parts(record)):
                 try:
                     data = written({"G" if number else "x": part})
@@ -85,8 +86,8 @@ def parts(record):
 
 def written(content) -> bytes:
     buffer = io.BytesIO()
-    _pickle_writer.write(
-        {key: _pickle_writer.plain(value) for key, value in content.items()},
+    writer.write(
+        {key: writer.plain(value) for key, value in content.items()},
         buffer,
         persistence._reconstruct_persistent_obj,
     )

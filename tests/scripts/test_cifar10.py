@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from di_refine.data import ImageDataset
+from di_refine.files.datasets import ImageDataset
 from di_refine.generators import load_sampler
-from di_refine.metrics.features import load_detector
+from di_refine.metrics.detectors import load_detector
 from di_refine.metrics.statistics import FeatureStatistics
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "cifar10"

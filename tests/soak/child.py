@@ -51,7 +51,7 @@ class Faults:
                 self.memory = mmap.mmap(file.fileno(), 8)
 
     def install(self) -> None:
-        from di_refine.run import Loop
+        from di_refine.runs.loop import Loop
 
         call = Loop.__call__
 

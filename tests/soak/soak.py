@@ -26,10 +26,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from PIL import Image  # noqa: E402
+from PIL import Image
 
-from di_refine import checkpoint, cli  # noqa: E402
-from di_refine.generators import load_networks  # noqa: E402
+from di_refine import terminal
+from di_refine.commands import cli
+from di_refine.generators import load_networks
+from di_refine.runs import checkpoint
 
 TICK = 1024  # images; states are named by whole thousands, so a tick is not less
 GOLDEN = ROOT / "tests/golden"
@@ -352,10 +354,10 @@ def main(name, count, wanted, folder):
     finally:
         if folder is None:
             shutil.rmtree(work, ignore_errors=True)
-    cli.table(soak.rows, ["what", "images then", "images found", "lost", "result"])
+    terminal.table(soak.rows, ["what", "images then", "images found", "lost", "result"])
     bad = [row for row in soak.rows if not row[-1].startswith(("ok", "left out"))]
     killed = [row for row in soak.rows if row[0].startswith("kill ")]
-    cli.print_result(
+    terminal.print_result(
         {
             "command": name,
             "scenarios": list(wanted or SCENARIOS),

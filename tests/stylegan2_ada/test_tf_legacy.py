@@ -7,8 +7,8 @@ from golden_io import GOLDEN, assert_close, cases, load_npz
 
 from stylegan2_ada import flavours, networks, tf_legacy
 from torch_utils import persistence
-from torch_utils._pickle_reader import Array
 from torch_utils.persistence import TENSORFLOW_NETWORK, NetworkFormatError, Record
+from torch_utils.persistence.reader import Array
 
 TF, SG3 = "sg2tf-legacy", "sg3repo-stylegan2"
 FORWARD = 3e-5

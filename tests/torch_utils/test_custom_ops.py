@@ -120,7 +120,7 @@ def test_unknown_modes_are_named(monkeypatch):
 )
 def test_option(fresh, monkeypatch, arguments, environment, status, text):
     monkeypatch.setattr(_build, "missing_tool", lambda device_type: "no nvcc; install it")
-    cli = pytest.importorskip("di_refine.cli")  # has dependencies that a machine lent for its GPU may lack
+    cli = pytest.importorskip("di_refine.commands.cli")  # has dependencies that a machine lent for its GPU may lack
 
     @cli.command()
     @cli.ops_option

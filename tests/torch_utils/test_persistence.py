@@ -16,7 +16,7 @@ from golden_io import GOLDEN, cases
 
 import di_refine.edm.networks
 import stylegan2_ada.networks
-from torch_utils import _pickle_writer, persistence
+from torch_utils import persistence
 from torch_utils.persistence import NetworkFormatError, Record
 
 PICKLES = sorted(str(path.relative_to(GOLDEN)) for path in GOLDEN.glob("*/*.pkl"))
@@ -540,7 +540,7 @@ def test_save_refuses_what_could_not_be_loaded(make, reason, tmp_path):
 def test_protocols(name, protocol, tmp_path, monkeypatch):
     """What other versions of Python write by default; the golden files have 3 and 4."""
     content = persistence.load(GOLDEN / name)
-    monkeypatch.setattr(_pickle_writer, "PROTOCOL", protocol)
+    monkeypatch.setattr(persistence.writer, "PROTOCOL", protocol)
     persistence.save(content, tmp_path / "a.pkl")
     assert (tmp_path / "a.pkl").read_bytes()[:2] == bytes([0x80, protocol])
     for key, network in networks_of(content).items():
@@ -588,7 +588,7 @@ def test_optional_keys_may_be_missing(keep, tmp_path):
 
 
 def test_records_are_read_without_building(monkeypatch):
-    monkeypatch.setattr(persistence._pickle_networks, "assemble", None)
+    monkeypatch.setattr(persistence.builder, "assemble", None)
     content = persistence.load_records(GOLDEN / "stylegan2/sg2tf-legacy.pkl")
     assert list(content) == ["G", "D", "G_ema"] and content["G"].class_name == persistence.TENSORFLOW_NETWORK
     content = persistence.load_records(GOLDEN / "edm/vp.pkl")

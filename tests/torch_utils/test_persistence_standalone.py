@@ -143,7 +143,7 @@ def test_our_pickles_open_and_compute_beside_the_official_packages(name, made):
 
 def test_and_equally_beside_ours(made, tmp_path):
     """In a process with our `torch_utils`, but without the modules that the texts were taken from."""
-    repository, packages = Path(persistence.__file__).parent.parent, tmp_path / "packages"
+    repository, packages = Path(persistence.__file__).parents[2], tmp_path / "packages"
     packages.mkdir()
     (packages / "torch_utils").symlink_to(repository / "torch_utils")
     (packages / "dnnlib").symlink_to(STUB / "dnnlib")

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from di_refine import metrics
-from di_refine.data import ImageDataset
 from di_refine.errors import InputError, RunError
+from di_refine.files.datasets import ImageDataset
 from di_refine.metrics import evaluate
+from di_refine.metrics.detectors import FeatureNet, Identity, load_detector
 from di_refine.metrics.evaluate import Evaluator, parse_metric, write_jsonl
-from di_refine.metrics.features import FeatureNet, Identity, load_detector
-from di_refine.metrics.names import parse_metrics
-from di_refine.metrics.smallnet import SmallConvNet, save_small
+from di_refine.metrics.kinds import parse_metrics
+from di_refine.metrics.small import SmallConvNet, save_small
 from di_refine.metrics.statistics import FeatureStatistics
 
 ALL = ["fd1k_full@toy", "fd2k_full@toy", "kd1k_full@toy", "pr1k3_full@toy", "dc1k3_full@toy", "is1k@toy", "acc2k@toy"]

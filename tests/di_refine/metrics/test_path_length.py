@@ -10,7 +10,7 @@ from di_refine.errors import InputError
 from di_refine.generators import NetworkSampler
 from di_refine.metrics.evaluate import Evaluator
 from di_refine.metrics.path_length import Perceptual, path_lengths, perceptual_path_length
-from di_refine.metrics.smallnet import SmallConvNet, save_small
+from di_refine.metrics.small import SmallConvNet, save_small
 from stylegan2_ada.networks import Generator
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from di_refine.errors import InputError
+from di_refine.metrics.detectors import load_detector
 from di_refine.metrics.evaluate import Evaluator
-from di_refine.metrics.features import load_detector
 from di_refine.metrics.path_length import Perceptual
 
 PLUGIN = """

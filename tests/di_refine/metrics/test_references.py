@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from di_refine.data import ImageDataset
 from di_refine.errors import InputError
+from di_refine.files.datasets import ImageDataset
 from di_refine.metrics.cache import cache_path
+from di_refine.metrics.detectors import load_detector
 from di_refine.metrics.evaluate import Evaluator
-from di_refine.metrics.features import load_detector
-from di_refine.metrics.smallnet import SmallConvNet, save_small
+from di_refine.metrics.small import SmallConvNet, save_small
 from di_refine.metrics.sources import ImageSampler
 from di_refine.metrics.statistics import FeatureStatistics
 
@@ -135,7 +135,7 @@ def test_concurrent_runs(folder):
     script = f"""
 import json, torch
 torch.set_num_threads(1)
-from di_refine.data import ImageDataset
+from di_refine.files.datasets import ImageDataset
 from di_refine.metrics.evaluate import Evaluator
 for _ in range(5):
     data = ImageDataset("{folder}/data")

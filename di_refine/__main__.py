@@ -1,0 +1,38 @@
+"""`python -m di_refine TOOL`: the tools beside the commands of the repository's root."""
+
+import importlib
+import sys
+
+TOOLS = {
+    "inspect": "Say what a network file holds.",
+    "convert": "Convert a network file: pickle, safetensors, ONNX.",
+    "zoo": "List, fetch and verify the public networks that the registry names.",
+    "playground": "Train every objective in the plane, where its result can be computed.",
+    "sample-teacher": "Draw a data set from a diffusion model.",
+    "refine": "Refine a StyleGAN2 generator with a diffusion teacher.",
+    "distill": "Distil a diffusion model into a generator of one step or a few.",
+    "pretrain": "Train a diffusion teacher, a GAN or a feature network.",
+    "generate": "Draw images from a network.",
+    "calc-metrics": "Measure networks, folders and data sets.",
+    "dataset-tool": "Convert images into a data set.",
+}
+
+
+def main() -> None:
+    """Run the tool that the first argument names; the others are its own."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("Usage: python -m di_refine TOOL [OPTIONS]     (TOOL --help lists its options)\n\nTools:")
+        for tool, what in TOOLS.items():
+            print(f"  {tool:16}{what}")
+        return
+    if name not in TOOLS:
+        print(f"error: there is no tool {name!r}; python -m di_refine --help lists them", file=sys.stderr)
+        sys.exit(2)
+    # Only the tool that is asked for is imported: the others would bring PyTorch along.
+    command = importlib.import_module(f"di_refine.commands.{name.replace('-', '_')}").main
+    command(args=sys.argv[2:], prog_name=f"python -m di_refine {name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The command `python -m di_refine convert`: pickles to safetensors with JSON and back, generators to ONNX."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from di_refine import terminal
+from di_refine.commands import cli
+from di_refine.errors import InputError
+from di_refine.files import onnx_export, registry, safetensors_pair
+from torch_utils import persistence
+
+_FORMATS = {".pkl": "pickle", ".safetensors": "safetensors", ".json": "safetensors", ".onnx": "onnx"}
+_AVERAGES = ("G_ema", "ema")  # what people use a file for
+
+
+@cli.command()
+@click.option("--source", required=True, metavar="FILE|URL|NAME", help="A pickle, or NAME.safetensors with NAME.json.")
+@click.option("--dest", required=True, metavar="FILE", help="File to write; .pkl, .safetensors or .onnx says what.")
+@click.option("--overwrite/--no-overwrite", default=False, help="Replace the destination if it is there.")
+@click.option("--key", help="ONNX: which network of the source.  [default: G_ema, else ema]")
+@click.option(
+    "--noise-mode", type=click.Choice(["const", "none"]), default="const", help="ONNX of a StyleGAN2 network."
+)
+@click.option("--truncation", type=cli.Number(), default=1.0, help="ONNX of a StyleGAN2 network: truncation psi.")
+@click.option(
+    "--init-sigma",
+    type=cli.POSITIVE_NUMBER,
+    help="ONNX of a one-step EDM generator: its noise level.  [default: from the file]",
+)
+@click.pass_context
+def main(ctx, source, dest, overwrite, key, noise_mode, truncation, init_sigma):
+    """Convert a network file, after checking it as every command does; nothing in it is executed.
+
+    \b
+    python -m di_refine convert --source=network.pkl --dest=network.safetensors
+    python -m di_refine convert --source=network.safetensors --dest=network.pkl
+    python -m di_refine convert --source=stylegan2-digits.pkl --dest=digits.onnx --noise-mode=none
+
+    Pickles and safetensors keep everything: networks, settings, embedded source. ONNX has the one generator, for any
+    batch size, with the inputs z and (if conditional) c and the output images.
+    """
+    dest = Path(dest)
+    form = _FORMATS.get(dest.suffix.lower())
+    if form is None:
+        raise InputError(f"--dest={dest} must end in .pkl, .safetensors or .onnx")
+    if form != "onnx":
+        _refuse_onnx_options(ctx)
+    outputs = (
+        [safetensors_pair.tensors_path(dest), safetensors_pair.config_path(dest)] if form == "safetensors" else [dest]
+    )
+    for output in outputs:
+        cli.check_outfile(output, "--dest", overwrite)
+    path = registry.resolve(source, option="--source")
+    networks = load(path)
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    if form == "pickle":
+        persistence.save(networks, dest)
+    elif form == "safetensors":
+        safetensors_pair.save(networks, dest)
+    else:
+        key, model = _model(networks, path, key, noise_mode, truncation, init_sigma)
+        onnx_export.save(model, dest, {"network": type(model.net).__name__, "key": key, "source": path.name})
+        networks = {key: model.net}
+    terminal.print_result(
+        {
+            "source": str(path),
+            "dest": [str(output) for output in outputs],
+            "sha256": [hashlib.sha256(output.read_bytes()).hexdigest() for output in outputs],
+            "networks": [name for name, value in networks.items() if isinstance(value, torch.nn.Module)],
+            **({"opset": onnx_export.OPSET} if form == "onnx" else {}),
+        }
+    )
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The networks in a pickle, or in a pair of `.safetensors` and `.json`.
+
+    Raises:
+        NetworkFormatError: not such a file.
+    """
+    return safetensors_pair.load(path) if path.suffix in safetensors_pair.SUFFIXES else persistence.load(path)
+
+
+def _refuse_onnx_options(ctx: click.Context) -> None:
+    given = click.core.ParameterSource.COMMANDLINE
+    for name in ("key", "noise_mode", "truncation", "init_sigma"):
+        if ctx.get_parameter_source(name) is given:
+            raise InputError(f"--{name.replace('_', '-')} is for --dest=...onnx")
+
+
+def _model(networks, path, key, noise_mode, truncation, init_sigma) -> tuple[str, torch.nn.Module]:
+    """The network to export under its name in the file, with the face it gets in ONNX."""
+    modules = [name for name, value in networks.items() if isinstance(value, torch.nn.Module)]
+    key = key or next((name for name in _AVERAGES if name in modules), None)
+    if key not in modules:
+        raise InputError(f"--key={key}: {path} holds {', '.join(modules) or 'no networks'}")
+    net = networks[key]
+    if hasattr(net, "mapping") and hasattr(net, "synthesis"):
+        if init_sigma is not None:
+            raise InputError(f"--init-sigma is for one-step EDM generators, and {key} is a StyleGAN2 generator")
+        return key, onnx_export.StyleGAN2Model(net, noise_mode, truncation)
+    if hasattr(net, "round_sigma"):
+        sigmas = networks.get("distilled_sigmas", []) if init_sigma is None else [init_sigma]
+        if len(sigmas) > 1:
+            raise InputError(f"{path} makes images in {len(sigmas)} steps; only one-step generators go into ONNX files")
+        if not sigmas:
+            raise InputError(
+                f"--init-sigma is needed: {key} is an EDM network, which generates images in one step only if it was "
+                "distilled to do so, from that noise level"
+            )
+        return key, onnx_export.OneStepModel(net, sigmas[0])
+    raise InputError(f"--key={key} is a {type(net).__name__}, not a generator")
+
+
+if __name__ == "__main__":
+    main()

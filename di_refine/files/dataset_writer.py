@@ -1,0 +1,123 @@
+"""Writing data sets: zip files of PNG images with labels, in the layout that `di_refine.files.datasets` reads.
+
+The same pictures and labels give the same file, byte for byte, on every day and system.
+"""
+
+import contextlib
+import io
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from PIL import Image
+
+from di_refine.errors import InputError
+
+
+@dataclass
+class Picture:
+    """A finished image: its PNG file and what must agree between all of them."""
+
+    name: str
+    size: tuple[int, int]
+    mode: str
+    png: bytes
+
+    @staticmethod
+    def encode(image: Image.Image, name: str) -> "Picture":
+        """Encode the pixels alone, without the metadata (colour profile, text) that Pillow carries along."""
+        file = io.BytesIO()
+        Image.frombytes(image.mode, image.size, image.tobytes()).save(file, format="PNG", compress_level=6)
+        return Picture(name, image.size, image.mode, file.getvalue())
+
+
+def map_in_order(function: Callable[[Any], Picture], items: Iterable, ahead: int = 256) -> Iterator[Picture]:
+    """`map` on all processor cores, in order, taking `ahead` items at a time."""
+    items = iter(items)
+    with ThreadPoolExecutor() as pool:
+        while chunk := list(islice(items, ahead)):
+            yield from pool.map(function, chunk)
+
+
+def write_archive(
+    file: IO[bytes],
+    pictures: Iterable[Picture],
+    labels: Sequence[int] | Sequence[list[float]] | None,
+    record: dict,
+    classes: Sequence[str] | None = None,
+    written_one: Callable[[], None] | None = None,
+) -> Picture:
+    """Write the zip file of a data set.
+
+    Args:
+        file: where to.
+        pictures: the images, in order.
+        labels: class number or label vector of each image. Read after the last picture, so whoever makes the pictures
+            may fill the list.
+        record: how the images came about; kept in `dataset.json` under "conversion".
+        classes: what the class numbers mean.
+        written_one: called after each image.
+
+    Returns:
+        The first picture.
+
+    Raises:
+        InputError: naming the first image whose size or colour differs from those before it.
+    """
+    first, written = None, []
+    with zipfile.ZipFile(file, "w") as archive:
+        for index, picture in enumerate(pictures):
+            first = first or picture
+            if picture.size != first.size:
+                raise InputError(
+                    f"image {picture.name} is {picture.size[0]}x{picture.size[1]} but {first.name} is "
+                    f"{first.size[0]}x{first.size[1]}; bring them to one size with --resolution"
+                )
+            if picture.mode != first.mode:
+                raise InputError(
+                    f"image {picture.name} has Pillow mode {picture.mode} but {first.name} has {first.mode}; choose "
+                    "--grey or --rgb"
+                )
+            written.append(f"{index // 1000:05d}/img{index:08d}.png")
+            archive.writestr(_entry(written[-1]), picture.png)
+            if written_one is not None:
+                written_one()
+        pairs = None if labels is None else [list(pair) for pair in zip(written, labels)]
+        content = {"labels": pairs, **({"classes": classes} if classes else {}), "conversion": record}
+        archive.writestr(_entry("dataset.json"), json.dumps(content))
+    return first
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    """A zip entry that is the same on every day and system."""
+    entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+    entry.create_system, entry.external_attr, entry.compress_type = 3, 0o644 << 16, zipfile.ZIP_STORED
+    return entry
+
+
+@contextlib.contextmanager
+def new_folders(path: Path) -> Iterator[None]:
+    """Create a folder and its parents for the block, and take them away again if it fails."""
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in created:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def tool() -> str:
+    """This project's name and version, for records."""
+    try:
+        return f"di-refine {metadata.version('di-refine')}"
+    except metadata.PackageNotFoundError:  # run from a checkout
+        return "di-refine 0.1.0"

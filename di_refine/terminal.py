@@ -1,0 +1,119 @@
+"""What a person reads: progress on stderr, tables and the JSON result on stdout."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+
+class progress:
+    """Progress on stderr: a bar on a terminal, otherwise a plain line every few seconds.
+
+        with progress(50_000, "sampling", "img") as bar:
+            bar.update(64)
+
+    Args:
+        total: how many units there will be, or None where that is unknown.
+        desc: what is being done.
+        unit: what is counted.
+        enabled: False for silence, as on all but the first process of several.
+        every: seconds between plain lines.
+    """
+
+    def __init__(self, total: int | None, desc: str, unit: str = "it", enabled: bool = True, every: float = 5.0):
+        self.total, self.desc, self.unit, self.enabled, self.every = total, desc, unit, enabled, every
+        self.count = self._printed = 0
+        self._note = ""
+        self._bar = None
+
+    def __enter__(self) -> "progress":
+        self._start = self._last = time.monotonic()
+        if self.enabled and sys.stderr.isatty():
+            scale = self.unit == "B"
+            self._bar = tqdm(total=self.total, desc=self.desc, unit=self.unit, unit_scale=scale, dynamic_ncols=True)
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self.enabled and kind is None and self.count > self._printed:
+            self._print(time.monotonic())
+
+    def update(self, count: int = 1) -> None:
+        """Add `count` units."""
+        self.count += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif self.enabled and (now := time.monotonic()) - self._last >= self.every:
+            self._print(now)
+
+    def note(self, text: str) -> None:
+        """A few words shown after the numbers, such as the current loss."""
+        self._note = text
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+
+    def _print(self, now: float) -> None:
+        self._last, self._printed = now, self.count
+        elapsed = max(now - self._start, 1e-9)
+        share = f"/{self.total} {self.unit} ({self.count / self.total:.0%})" if self.total else f" {self.unit}"
+        left = (self.total - self.count) * elapsed / self.count if self.total and self.count else 0
+        words = [f"{self.desc}: {self.count}{share}", f"{self.count / elapsed:.4g} {self.unit}/s"]
+        words += [f"{format_time(left)} left"] if left > 0 else [f"took {format_time(elapsed)}"] if self.total else []
+        words += [self._note] if self._note else []
+        print(", ".join(words), file=sys.stderr, flush=True)
+
+
+def format_time(seconds: float) -> str:
+    """'8s', '2m 05s', '3h 07m', '2d 04h'."""
+    total = round(seconds)
+    minutes, hours, days = total // 60, total // 3600, total // 86400
+    if not minutes:
+        return f"{total}s"
+    if not hours:
+        return f"{minutes}m {total % 60:02d}s"
+    return f"{hours}h {minutes % 60:02d}m" if not days else f"{days}d {hours % 24:02d}h"
+
+
+def plain(value: Any) -> Any:
+    """The JSON form of a value.
+
+    Floats keep six significant digits, and never less than their whole part; NaN and infinity become None; numpy
+    scalars, arrays and tensors become numbers and lists; anything else becomes text.
+    """
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return round(value, max(0, 5 - math.floor(math.log10(abs(value))))) if value else 0.0
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return str(value)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Write a command's result as one JSON object on one line of stdout; it must be the last thing printed there."""
+    print(json.dumps(plain(result), allow_nan=False))
+
+
+def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> None:
+    """Write an aligned plain-text table to stdout; columns of numbers are flush right."""
+    rows = [["" if (cell := plain(item)) is None else cell for item in row] for row in rows]
+    numeric = [
+        bool(rows) and all(isinstance(row[i], (int, float)) or row[i] == "" for row in rows) for i in range(len(header))
+    ]
+    text = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in text) for i in range(len(header))]
+    text.insert(1, ["-" * width for width in widths])
+    for row in text:
+        cells = [cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric)]
+        print("  ".join(cells).rstrip())

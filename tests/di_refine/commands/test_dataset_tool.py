@@ -1,0 +1,258 @@
+import io
+import json
+import os
+import pickle
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from di_refine.commands import dataset_tool
+from di_refine.files.datasets import ImageDataset
+
+
+def convert(source, dest, *options):
+    arguments = [f"--source={source}", f"--dest={dest}", *options]
+    return CliRunner().invoke(dataset_tool.main, arguments, prog_name="dataset_tool.py")
+
+
+def good(source, dest, *options) -> dict:
+    result = convert(source, dest, *options)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def picture(path, size=(8, 8), mode="RGB", seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.random.default_rng(seed).integers(0, 256, [size[1], size[0], bands], np.uint8)
+    Image.fromarray(pixels.squeeze(2) if bands == 1 else pixels, mode=None).save(path)
+    return pixels
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    for index, name in enumerate(["cat/a.png", "cat/b.png", "dog/c.png", "ape/d.png"]):
+        picture(folder / name, seed=index)
+    return folder
+
+
+def test_digits(tmp_path):
+    pytest.importorskip("sklearn")
+    result = good("digits", tmp_path / "new" / "digits.zip", "--resolution=16")
+    dataset = ImageDataset(tmp_path / "new" / "digits.zip")
+    shown = {key: result[key] for key in ("images", "resolution", "channels", "classes")}
+    assert shown == {"images": 1797, "resolution": 16, "channels": 1, "classes": 10}
+    assert (len(dataset), dataset.resolution, dataset.num_channels, dataset.label_dim) == (1797, 16, 1, 10)
+    assert dataset.labels(range(10)).argmax(axis=1).tolist() == list(range(10)), "the set begins with 0 to 9"
+
+    good("digits", tmp_path / "small.zip", "--max-images=20")
+    small = ImageDataset(tmp_path / "small.zip")
+    assert small.resolution == 8 and len(small) == 20 and small.images(range(20)).max() == 255
+
+
+def test_layout_and_bytes_are_reproducible(tmp_path, photos):
+    first = good(photos, tmp_path / "a.zip", "--resolution=4", "--resize-filter=box")
+    os.utime(photos / "cat" / "a.png", (0, 0))
+    second = good(photos, tmp_path / "b.zip", "--resolution=4x4", "--resize-filter=box")
+    assert first["sha256"] == second["sha256"]
+    assert (tmp_path / "a.zip").read_bytes() == (tmp_path / "b.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        names = [f"00000/img{index:08d}.png" for index in range(4)]
+        assert archive.namelist() == [*names, "dataset.json"]
+        assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
+        content = json.loads(archive.read("dataset.json"))
+    assert content["labels"] == [list(pair) for pair in zip(names, [0, 1, 1, 2])]
+    assert content["classes"] == ["ape", "cat", "dog"]
+    assert content["conversion"]["resize_filter"] == "box" and content["conversion"]["source"] == "photos"
+    assert content["conversion"]["tool"].startswith("di-refine ")
+
+
+def test_the_filter_is_pillows(tmp_path, photos):
+    for name in ("box", "nearest", "bicubic"):
+        good(photos, tmp_path / f"{name}.zip", "--resolution=3", f"--resize-filter={name}")
+        expected = Image.open(photos / "cat" / "a.png").resize((3, 3), Image.Resampling[name.upper()])
+        image = ImageDataset(tmp_path / f"{name}.zip").images([1])[0]
+        assert np.array_equal(image.transpose(1, 2, 0), expected)
+
+
+def test_without_resizing_pixels_are_kept(tmp_path, photos):
+    good(photos, tmp_path / "a.zip")
+    assert np.array_equal(
+        ImageDataset(tmp_path / "a.zip").images([1])[0].transpose(1, 2, 0), picture(tmp_path / "x.png")
+    )
+
+
+def test_center_crop_and_resolution_unite_sizes(tmp_path):
+    wide = picture(tmp_path / "in" / "a.png", (10, 6))
+    tall = picture(tmp_path / "in" / "b.png", (6, 11))
+    good(tmp_path / "in", tmp_path / "out.zip", "--transform=center-crop")
+    images = ImageDataset(tmp_path / "out.zip").images([0, 1]).transpose(0, 2, 3, 1)
+    assert np.array_equal(images[0], wide[:, 2:8]) and np.array_equal(images[1], tall[2:8])
+    picture(tmp_path / "in" / "c.png", (20, 20))
+    result = good(tmp_path / "in", tmp_path / "out2.zip", "--transform=center-crop", "--resolution=4")
+    assert (result["images"], result["resolution"], result["classes"]) == (3, 4, 0)
+
+
+def test_conversion_of_a_data_set_keeps_its_labels(tmp_path, photos):
+    good(photos, tmp_path / "a.zip")
+    assert good(tmp_path / "a.zip", tmp_path / "b.zip", "--grey")["channels"] == 1
+    assert np.array_equal(
+        ImageDataset(tmp_path / "b.zip").labels(range(4)), ImageDataset(tmp_path / "a.zip").labels(range(4))
+    )
+    assert good(tmp_path / "a.zip", tmp_path / "c.zip", "--labels=none")["classes"] == 0
+    assert good(tmp_path / "c.zip", tmp_path / "d.zip")["classes"] == 0, "a data set's own folders are no classes"
+    subset = good(photos, tmp_path / "e.zip", "--max-images=2")
+    assert subset["images"] == 2 and subset["sha256"] == good(photos, tmp_path / "f.zip", "--max-images=2")["sha256"]
+
+
+def test_folders_without_classes(tmp_path):
+    picture(tmp_path / "in" / "a" / "x.png")
+    picture(tmp_path / "in" / "a" / "y.png")
+    assert good(tmp_path / "in", tmp_path / "a.zip")["classes"] == 0, "one folder is no class"
+    picture(tmp_path / "in" / "z.png")
+    assert good(tmp_path / "in", tmp_path / "b.zip")["classes"] == 0, "an image lies beside the folders"
+
+
+def test_transparency_becomes_white(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "in" / "a.png")
+    Image.new("L", (4, 4), 7).save(tmp_path / "in" / "b.png")
+    assert good(tmp_path / "in", tmp_path / "out.zip", "--rgb")["channels"] == 3
+    images = ImageDataset(tmp_path / "out.zip").images([0, 1])
+    assert (images[0] == 255).all() and (images[1] == 7).all()
+
+
+def python2_pickle(data: np.ndarray, labels: list[int]) -> bytes:
+    """{'data': data, 'labels': labels} as Python 2 wrote it: byte strings for text, and numpy's old module names."""
+    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+    shape = b"".join(b"J" + size.to_bytes(4, "little") for size in data.shape) + b"\x86"
+    dtype = b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    content = b"T" + data.nbytes.to_bytes(4, "little") + data.tobytes()
+    numbers = b"](" + b"".join(b"K" + bytes([label]) for label in labels) + b"e"
+    state = b"(K\x01" + shape + dtype + b"\x89" + content + b"tb"
+    return b"\x80\x02}(U\x04data" + array + state + b"U\x06labels" + numbers + b"u."
+
+
+def cifar_archive(path, batch=None, members=dataset_tool.CIFAR_MEMBERS):
+    """A small archive in the layout of cifar-10-python.tar.gz, or one with `batch` pickled in its place."""
+    with tarfile.open(path, "w:gz") as archive:
+        for index, member in enumerate(members):
+            data = np.random.default_rng(index).integers(0, 256, [2, 3072], np.uint8)
+            content = python2_pickle(data, [index, 9]) if batch is None else pickle.dumps(batch)
+            entry = tarfile.TarInfo(member)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def test_cifar_archive(tmp_path):
+    result = good(cifar_archive(tmp_path / "cifar.tar.gz"), tmp_path / "out.zip")
+    dataset = ImageDataset(tmp_path / "out.zip")
+    assert (result["images"], result["resolution"], result["channels"], result["classes"]) == (10, 32, 3, 10)
+    assert dataset.labels(range(10)).argmax(axis=1).tolist() == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
+    rows = np.random.default_rng(3).integers(0, 256, [2, 3072], np.uint8)
+    assert np.array_equal(dataset.images([7])[0], rows[1].reshape(3, 32, 32))
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["ATTACK"],)
+
+
+def test_cifar_pickles_run_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTACK", str(tmp_path / "attacked"))
+    result = convert(cifar_archive(tmp_path / "cifar.tar.gz", batch=Attack()), tmp_path / "out.zip")
+    assert result.exit_code == 2 and "asks for posix.mkdir" in result.stderr.replace("nt.mkdir", "posix.mkdir")
+    assert not (tmp_path / "attacked").exists() and not (tmp_path / "out.zip").exists()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.write_bytes(b"not a tar file"),
+        lambda path: cifar_archive(path, members=["other/file"]),
+        lambda path: cifar_archive(path, batch=[1]),
+        lambda path: cifar_archive(path, batch={b"data": np.zeros([2, 3], np.uint8), b"labels": [0, 1]}),
+        lambda path: cifar_archive(path, batch={b"data": np.zeros([1, 3072], np.uint8), b"labels": [10]}),
+        lambda path: path.write_bytes(cifar_archive(path).read_bytes()[:5000]),
+    ],
+)
+def test_bad_cifar_archives(tmp_path, make):
+    make(tmp_path / "cifar.tar.gz")
+    result = convert(tmp_path / "cifar.tar.gz", tmp_path / "out.zip")
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "cifar.tar.gz is not the CIFAR-10 Python archive, or is damaged" in result.stderr
+
+
+def _add(name, **settings):
+    return lambda folder: picture(folder / name, **settings)
+
+
+@pytest.mark.parametrize(
+    "change, options, message",
+    [
+        (None, ["--resolution=0"], "--resolution must be a positive number such as 16 or 16x16, not '0'"),
+        (None, ["--resolution=-4"], "--resolution must be"),
+        (None, ["--resolution=16x8"], "--resolution=16x8 is not square"),
+        (None, ["--resize-filter=sinc"], "'--resize-filter': 'sinc' is not one of"),
+        (None, ["--max-images=0"], "--max-images must be a whole number (at least 1), not '0'"),
+        (None, ["--labels=json"], "--labels=json: "),
+        (_add("flat.png"), ["--labels=folder"], "--labels=folder: the images of"),
+        (_add("dog/e.png", size=(8, 6)), [], "image dog/e.png is 8x6, not square; use --transform=center-crop"),
+        (
+            _add("dog/e.png", size=(6, 6)),
+            [],
+            "image dog/e.png is 6x6 but ape/d.png is 8x8; bring them to one size with",
+        ),
+        (_add("dog/e.png", mode="L"), [], "image dog/e.png has Pillow mode L but ape/d.png has RGB; choose --grey or"),
+        (_add("ape/0.png", mode="RGBA"), [], "image ape/0.png has Pillow mode RGBA; choose --grey or --rgb"),
+        (lambda folder: (folder / "cat/a.png").write_bytes(b"x"), [], "image cat/a.png is damaged or not an image"),
+        (lambda folder: (folder / "dataset.json").write_text("{"), [], "dataset.json is malformed"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, photos, change, options, message):
+    if change is not None:
+        change(photos)
+    before = sorted(tmp_path.rglob("*"))
+    result = convert(photos, tmp_path / "new" / "folder" / "out.zip", *options)
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("converting")]
+    assert result.exit_code == 2 and len(errors) == 1 and message in errors[0] and result.stdout == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_sixteen_bit_images_are_refused_even_when_converting(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.full([4, 4], 40_000, np.uint16)).save(tmp_path / "in" / "a.png")
+    result = convert(tmp_path / "in", tmp_path / "out.zip", "--grey")
+    assert result.exit_code == 2 and "image a.png has more than 8 bits per channel" in result.stderr
+
+
+def test_bad_source_and_dest(tmp_path, photos):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.zip").write_text("x")
+    existing = tmp_path / "existing.zip"
+    existing.write_text("old")
+    for source, dest, message in [
+        (tmp_path / "absent", tmp_path / "o.zip", "--source="),
+        (tmp_path / "empty", tmp_path / "o.zip", "holds no images"),
+        (tmp_path / "text.zip", tmp_path / "o.zip", "is neither a folder nor a zip file"),
+        (tmp_path / "absent.tar.gz", tmp_path / "o.zip", "absent.tar.gz does not exist"),
+        (photos, tmp_path / "o.tar", "must end in .zip"),
+        (photos, existing, "exists already; choose another name or give --overwrite"),
+    ]:
+        result = convert(source, dest)
+        assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+        assert not (tmp_path / "o.zip").exists()
+    assert existing.read_text() == "old"
+    assert good(photos, existing, "--overwrite")["images"] == 4 and len(ImageDataset(existing)) == 4
+
+
+def test_missing_scikit_learn_is_explained(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    result = convert("digits", tmp_path / "out.zip")
+    assert result.exit_code == 2 and "pip install scikit-learn" in result.stderr

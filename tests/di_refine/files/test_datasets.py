@@ -1,0 +1,241 @@
+import io
+import json
+import pickle
+import threading
+import zipfile
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from di_refine.errors import InputError
+from di_refine.files.datasets import ImageDataset, batches, sample_order
+
+COUNT = 10
+
+
+def pixels_of(index: int, size: int = 8, mode: str = "RGB") -> np.ndarray:
+    shape = [size, size, 3] if mode == "RGB" else [size, size]
+    return np.random.default_rng(index).integers(0, 256, shape, np.uint8)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+def files_of(count: int = COUNT, mode: str = "RGB") -> dict[str, bytes]:
+    """Images by name, with the class numbers index % 3."""
+    images = {f"{index // 5:05d}/img{index:08d}.png": png(pixels_of(index, mode=mode)) for index in range(count)}
+    labels = [[name, index % 3] for index, name in enumerate(images)]
+    return {**images, "dataset.json": json.dumps({"labels": labels}).encode()}
+
+
+def write(path, files: dict[str, bytes], kind: str = "zip"):
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    else:
+        for name, content in files.items():
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(content)
+    return path
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return ImageDataset(write(tmp_path / "set.zip", files_of()))
+
+
+@pytest.mark.parametrize("kind", ["zip", "folder"])
+@pytest.mark.parametrize("mode, channels", [("RGB", 3), ("L", 1)])
+def test_reads_images_and_labels(tmp_path, kind, mode, channels):
+    extra = {"__MACOSX/00000/._img.png": b"junk", ".hidden.png": b"junk", "notes.txt": b"hello"}
+    dataset = ImageDataset(write(tmp_path / "set", {**files_of(mode=mode), **extra}, kind))
+    properties = (len(dataset), dataset.resolution, dataset.num_channels, dataset.label_dim, dataset.has_labels)
+    assert properties == (COUNT, 8, channels, 3, True) and dataset.name == "set"
+    images = dataset.images([7, 2])
+    assert images.shape == (2, channels, 8, 8) and images.dtype == np.uint8
+    for image, index in zip(images, [7, 2]):
+        assert np.array_equal(image, pixels_of(index, mode=mode).reshape(8, 8, channels).transpose(2, 0, 1))
+    labels = dataset.labels([7, 2])
+    assert labels.dtype == np.float32 and labels.tolist() == [[0, 1, 0], [0, 0, 1]]
+    np.testing.assert_allclose(dataset.class_frequencies(), [0.4, 0.3, 0.3])
+    assert np.array_equal(dataset.decode_all(workers=3), dataset.images(range(COUNT)))
+
+
+def test_zip_and_folder_have_the_same_hash_and_any_change_changes_it(tmp_path):
+    files = files_of()
+    original = ImageDataset(write(tmp_path / "a.zip", files)).content_hash()
+    assert ImageDataset(write(tmp_path / "a", files, "folder")).content_hash() == original
+    name = "00001/img00000007.png"
+    relabelled = files["dataset.json"].replace(b'7.png", 1', b'7.png", 2')
+    changes = [
+        {**files, name: png(pixels_of(99))},
+        {**{("00002/x.png" if key == name else key): value for key, value in files.items()}, "dataset.json": b"{}"},
+        {**files, "dataset.json": relabelled},
+    ]
+    hashes = [
+        ImageDataset(write(tmp_path / f"{i}.zip", changed)).content_hash() for i, changed in enumerate(changes)
+    ] + [ImageDataset(tmp_path / "a.zip", mirror=True).content_hash()]
+    assert relabelled != files["dataset.json"] and len({original, *hashes}) == 5
+
+
+def test_mirror_appends_flipped_copies(tmp_path):
+    dataset = ImageDataset(write(tmp_path / "set.zip", files_of()), mirror=True)
+    assert len(dataset) == 2 * COUNT
+    assert np.array_equal(dataset.images([COUNT + 3])[0], dataset.images([3])[0, :, :, ::-1])
+    assert np.array_equal(dataset.labels([COUNT + 5]), dataset.labels([5]))
+    assert np.array_equal(dataset.decode_all(), dataset.images(range(2 * COUNT)))
+
+
+@pytest.mark.parametrize("content", [None, b'{"labels": null}', b"{}"])
+def test_no_labels(tmp_path, content):
+    files = {name: data for name, data in files_of().items() if name != "dataset.json"}
+    dataset = ImageDataset(
+        write(tmp_path / "set.zip", files if content is None else {**files, "dataset.json": content})
+    )
+    assert (
+        not dataset.has_labels and dataset.labels([0, 1]).shape == (2, 0) and dataset.class_frequencies().shape == (0,)
+    )
+
+
+def test_label_vectors_and_backslashes(tmp_path):
+    files = files_of(2)
+    names = [name.replace("/", "\\") for name in files if name.endswith("png")]
+    files["dataset.json"] = json.dumps({"labels": [[names[0], [0.5, 1]], [names[1], [0, -1]]], "more": 1}).encode()
+    dataset = ImageDataset(write(tmp_path / "set.zip", files))
+    assert dataset.label_dim == 2 and dataset.labels([1, 0]).tolist() == [[0, -1], [0.5, 1]]
+    with pytest.raises(InputError, match="labels are vectors"):
+        dataset.class_frequencies()
+
+
+FIRST, NAME = "00000/img00000000.png", "00001/img00000007.png"
+
+
+def _labels(change) -> bytes:
+    labels = json.loads(files_of()["dataset.json"])["labels"]
+    return json.dumps({"labels": change(labels)}).encode()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({NAME: png(pixels_of(0, size=4))}, f"image {NAME} is 4x4 but {FIRST} is 8x8.*--resolution"),
+        ({NAME: png(pixels_of(0, mode="L"))}, f"image {NAME} has Pillow mode L but {FIRST} has RGB"),
+        ({FIRST: png(np.zeros([4, 6, 3], np.uint8))}, f"image {FIRST} is 6x4, not square"),
+        ({FIRST: png(np.zeros([8, 8, 4], np.uint8))}, f"image {FIRST} has Pillow mode RGBA.*--rgb"),
+        ({NAME: b"no image"}, f"image {NAME} is damaged or not an image"),
+        ({"dataset.json": b"{"}, "dataset.json is malformed"),
+        ({"dataset.json": b"[1]"}, "dataset.json is malformed"),
+        ({"dataset.json": b'{"labels": [1]}'}, "dataset.json is malformed"),
+        ({"dataset.json": _labels(lambda x: [*x, ["other.png", 0]])}, "a label for other.png, which is not there"),
+        ({"dataset.json": _labels(lambda x: x[:-1])}, "no label for 00001/img00000009.png"),
+        ({"dataset.json": _labels(lambda x: [[x[0][0], -1], *x[1:]])}, f"gives {FIRST} the label -1"),
+        ({"dataset.json": _labels(lambda x: [[x[0][0], 10**9], *x[1:]])}, f"gives {FIRST} the label 1000000000"),
+        ({"dataset.json": _labels(lambda x: [[x[0][0], "cat"], *x[1:]])}, "all class numbers, or all vectors"),
+        ({"dataset.json": _labels(lambda x: [[x[0][0], [1, 2]], *x[1:]])}, "all class numbers, or all vectors"),
+        ({"dataset.json": _labels(lambda x: [[name, [float("nan")]] for name, _ in x])}, "all class numbers, or"),
+    ],
+)
+def test_faults_are_named_on_opening(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        ImageDataset(write(tmp_path / "set.zip", {**files_of(), **changes}))
+
+
+def test_paths_that_are_no_data_set(tmp_path):
+    with pytest.raises(InputError, match="--data=.*absent.zip does not exist"):
+        ImageDataset(tmp_path / "absent.zip")
+    (tmp_path / "text.zip").write_text("not a zip")
+    with pytest.raises(InputError, match="--reference=.*text.zip is neither a folder nor a zip file"):
+        ImageDataset(tmp_path / "text.zip", option="--reference")
+    with pytest.raises(InputError, match="holds no images"):
+        ImageDataset(write(tmp_path / "empty.zip", {"dataset.json": b"{}"}))
+    whole = write(tmp_path / "whole.zip", files_of()).read_bytes()
+    (tmp_path / "cut.zip").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="cut.zip is neither a folder nor a zip file, or it is damaged"):
+        ImageDataset(tmp_path / "cut.zip")
+
+
+def truncated(index: int) -> bytes:
+    """An image with a good header and damaged pixels."""
+    content = png(pixels_of(index))
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize("memory_limit", [1 << 30, 0])
+def test_damaged_pixels_are_named_on_decoding(tmp_path, memory_limit):
+    dataset = ImageDataset(write(tmp_path / "set.zip", {**files_of(), NAME: truncated(7)}))
+    with pytest.raises(InputError, match=f"^{dataset.path}: image {NAME} is damaged or not an image \\([^\n]*\\)$"):
+        for _ in islice(batches(dataset, COUNT, seed=0, workers=1, memory_limit=memory_limit), 2):
+            pass
+
+
+def test_check_compatible(dataset):
+    dataset.check_compatible(8, 3, 3)
+    dataset.check_compatible(8, 3, 0)
+    with pytest.raises(InputError, match=r"holds 8x8 images with 3 channel.*teacher has 16x16 with 1"):
+        dataset.check_compatible(16, 1, what="teacher")
+    with pytest.raises(InputError, match="has 3 classes, but the network is conditional on 10"):
+        dataset.check_compatible(8, 3, 10)
+
+
+def test_can_be_pickled_and_read_from_threads(dataset):
+    expected = dataset.images(range(COUNT))
+    copy = pickle.loads(pickle.dumps(dataset))
+    results = [None] * 8
+
+    def read(slot):
+        results[slot] = copy.images(range(COUNT))
+
+    threads = [threading.Thread(target=read, args=[slot]) for slot in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(np.array_equal(result, expected) for result in results)
+
+
+def test_order_is_one_permutation_per_epoch_and_independent_of_where_it_starts():
+    order = sample_order(7, seed=1, start=0, count=70).reshape(10, 7)
+    assert (np.sort(order, axis=1) == np.arange(7)).all() and len({tuple(epoch) for epoch in order}) > 5
+    for start in (1, 7, 23, 69):
+        assert np.array_equal(sample_order(7, 1, start, 70 - start), order.ravel()[start:])
+    assert not np.array_equal(sample_order(7, 2, 0, 70), order.ravel())
+
+
+@pytest.mark.parametrize("memory_limit, workers", [(1 << 30, 2), (0, 0), (0, 2)])
+def test_batches_follow_the_order_and_resume(dataset, memory_limit, workers):
+    options = {"seed": 5, "workers": workers, "memory_limit": memory_limit}
+    stream = batches(dataset, 4, **options)
+    seen = [next(stream) for _ in range(7)]
+    order = sample_order(COUNT, 5, 0, 28)
+    for step, (images, labels) in enumerate(seen):
+        indices = order[4 * step : 4 * step + 4]
+        assert images.dtype == torch.uint8 and labels.dtype == torch.float32
+        assert np.array_equal(images, dataset.images(indices)) and np.array_equal(labels, dataset.labels(indices))
+    images, labels = next(batches(dataset, 4, start_nimg=20, **options))
+    assert torch.equal(images, seen[5][0]) and torch.equal(labels, seen[5][1])
+
+
+def test_processes_share_each_step(dataset):
+    whole = next(batches(dataset, 6, seed=0))[0]
+    parts = [next(batches(dataset, 3, seed=0, rank=rank, world_size=2))[0] for rank in range(2)]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_batches_can_mirror(dataset):
+    images = next(batches(dataset, 2 * COUNT, seed=0, mirror=True))[0].numpy()
+    both = np.concatenate([dataset.images(range(COUNT)), dataset.images(range(COUNT))[:, :, :, ::-1]])
+    assert {image.tobytes() for image in images} == {image.tobytes() for image in both} and not dataset.mirror
+
+
+@pytest.mark.gpu
+def test_batches_on_a_gpu(dataset):
+    images, labels = next(batches(dataset, 4, seed=0, device="cuda"))
+    assert images.device.type == labels.device.type == "cuda"
+    assert np.array_equal(images.cpu(), dataset.images(sample_order(COUNT, 0, 0, 4)))

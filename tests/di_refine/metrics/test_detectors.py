@@ -1,0 +1,313 @@
+"""Feature networks: loading, identities, refusals, and training one."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from di_refine import metrics
+from di_refine.errors import InputError, RunError
+from di_refine.metrics import detectors
+from di_refine.metrics.detectors import load_detector
+from di_refine.metrics.inception import InceptionV3
+from di_refine.metrics.small import SmallConvNet, SmallResNet, load_small, save_small
+from di_refine.pretraining.features import AUGMENTATIONS, train_features
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """1,797 handwritten digits, uint8 [N, 1, 16, 16], and their classes."""
+    data = pytest.importorskip("sklearn.datasets").load_digits()
+    images = data.images.repeat(2, axis=1).repeat(2, axis=2)
+    return np.round(images * 255 / 16).astype(np.uint8)[:, None], data.target
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    losses = []
+    images, labels = digits
+    net, report = train_features(
+        images, labels, epochs=6, width=16, progress=lambda done, total, loss: losses.append((done, total, loss))
+    )
+    return net, report, losses
+
+
+@pytest.fixture
+def small_file(tmp_path):
+    torch.manual_seed(0)
+    net = SmallConvNet(resolution=16, channels=1, classes=4, width=4, feature_dim=8).eval()
+    save_small(net, tmp_path / "toy.safetensors", "toy", {"held_out_accuracy": 0.5})
+    return tmp_path / "toy.safetensors"
+
+
+class Plain(torch.nn.Module):
+    """Features without classes."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=[2, 3])
+
+
+class Published(torch.nn.Module):
+    """The calling convention of the published TorchScript files."""
+
+    def forward(self, img: torch.Tensor, return_features: bool = False, no_output_bias: bool = False) -> torch.Tensor:
+        features = img.float().mean(dim=[2, 3])
+        if return_features:
+            return features
+        bias = 0.0 if no_output_bias else 50.0
+        return torch.softmax(features[:, :2] / 255 + torch.tensor([bias, 0.0]), dim=1)
+
+
+# Our own classifier
+
+
+def test_training_learns(trained):
+    net, report, losses = trained
+    assert report["held_out_accuracy"] > 0.93 and report["held_out_images"] == 179
+    assert [done for done, *_ in losses] == [1, 2, 3, 4, 5, 6] and losses[-1][2] < losses[0][2] / 2
+    assert not net.training and not any(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_features_measure_damage(digits, trained):
+    """The Frechet distance between features grows with noise, blur and missing classes; halves of one set are near."""
+    images, labels = digits
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(images))
+    detector = torch.from_numpy(images[order]), labels[order]
+
+    def gaussian(pixels):
+        with torch.no_grad():
+            return metrics.moments(trained[0](pixels).numpy())
+
+    whole = gaussian(detector[0])
+    near = metrics.frechet_distance(*gaussian(detector[0][:900]), *gaussian(detector[0][900:]))
+    noisy = [
+        metrics.frechet_distance(*whole, *gaussian((detector[0] + scale * torch.randn(detector[0].shape)).clip(0, 255)))
+        for scale in (10, 40, 160)
+    ]
+    missing = metrics.frechet_distance(*whole, *gaussian(detector[0][torch.from_numpy(detector[1] != 3)]))
+    assert near < 0.5 and noisy[0] < noisy[1] < noisy[2] and noisy[2] > 10 * near and missing > 3 * near
+
+
+def test_training_is_reproducible(digits):
+    images, labels = (values[:200] for values in digits)
+    first, again, other = (train_features(images, labels, epochs=1, width=4, seed=seed)[0] for seed in (0, 0, 1))
+    for a, b in zip(first.state_dict().values(), again.state_dict().values()):
+        assert torch.equal(a, b)
+    assert not torch.equal(first.head.weight, other.head.weight)
+
+
+def test_training_leaves_the_global_seed_alone(digits):
+    torch.manual_seed(3)
+    want = torch.rand(2)
+    torch.manual_seed(3)
+    train_features(digits[0][:40], digits[1][:40], epochs=1, width=4)
+    assert torch.equal(torch.rand(2), want)
+
+
+@pytest.mark.parametrize("resolution, channels", [(8, 1), (28, 1), (32, 3), (64, 3)])
+def test_small_net_sizes(resolution, channels):
+    net = SmallConvNet(resolution, channels, classes=7, width=4, feature_dim=12).eval()
+    values = net(torch.randint(0, 256, [2, channels, resolution, resolution], dtype=torch.uint8))
+    assert values.shape == (2, 12) and values.abs().max() <= 1 and net.logits(values).shape == (2, 7)
+
+
+@pytest.mark.parametrize("resolution", [8, 15, 32])
+def test_residual_net_sizes(resolution, tmp_path):
+    net = SmallResNet(resolution, 3, classes=7, width=4, feature_dim=12).eval()
+    pixels = torch.randint(0, 256, [2, 3, resolution, resolution], dtype=torch.uint8)
+    values = net(pixels)
+    assert values.shape == (2, 12) and values.abs().max() <= 1 and net.logits(values).shape == (2, 7)
+    for half, tolerance in [(False, 0), (True, 2e-2)]:
+        save_small(net, tmp_path / "net.safetensors", "net", half=half)
+        read = load_small(tmp_path / "net.safetensors")[0]
+        assert isinstance(read, SmallResNet) and read.head.weight.dtype == torch.float32
+        torch.testing.assert_close(read(pixels), values, atol=tolerance, rtol=0)
+
+
+def test_a_residual_net_learns_and_is_judged_by_what_is_given(digits):
+    images, labels = digits
+    net, report = train_features(
+        images[200:],
+        labels[200:],
+        held_out=(images[:200], labels[:200]),
+        architecture="residual",
+        augment="shift",
+        width=8,
+        epochs=3,
+        precision="bf16",
+    )
+    assert report["held_out_accuracy"] > 0.8 and report["held_out_images"] == 200
+    assert report["training_images"] == len(images) - 200
+    with torch.no_grad():
+        right = (net.logits(net(torch.from_numpy(images[:200]))).argmax(dim=1).numpy() == labels[:200]).mean()
+    assert right == pytest.approx(report["held_out_accuracy"])
+
+
+def test_a_stop_of_the_training_changes_nothing(digits, tmp_path):
+    images, labels = (values[:100] for values in digits)
+    settings = {"architecture": "residual", "augment": "shift", "width": 4, "epochs": 3, "mirror": True}
+    whole, report = train_features(images, labels, **settings)
+    state = tmp_path / "state.pt"
+    for done in (1, 2):
+        net, partial = train_features(images, labels, **settings, state=state, max_seconds=0)
+        assert net is None and partial == {"epochs": 3, "epochs_done": done} and state.is_file()
+    with pytest.raises(InputError, match="other options"):
+        train_features(images, labels, **{**settings, "epochs": 4}, state=state)
+    parts, again = train_features(images, labels, **settings, state=state, max_seconds=0)
+    assert again == report and not state.exists()
+    for a, b in zip(whole.state_dict().values(), parts.state_dict().values()):
+        assert torch.equal(a, b)
+
+
+def test_shift_moves_and_flips_whole_pixels():
+    images = torch.arange(2 * 16 * 16, dtype=torch.float32).reshape(1, 2, 16, 16).repeat(200, 1, 1, 1)
+    shifted = AUGMENTATIONS["shift"](images, True, torch.Generator().manual_seed(0))
+    padded = torch.nn.functional.pad(images[:1], [2, 2, 2, 2], mode="reflect")
+    crops = {}
+    for row in range(5):
+        for column in range(5):
+            crop = padded[0, :, row : row + 16, column : column + 16]
+            crops[row, column, False], crops[row, column, True] = crop, crop.flip(2)
+    found = {next(key for key, crop in crops.items() if torch.equal(crop, image)) for image in shifted}
+    assert len(found) > 45 and not torch.equal(shifted, images)
+    plain = AUGMENTATIONS["shift"](images, False, torch.Generator().manual_seed(0))
+    assert all(any(torch.equal(crops[r, c, False], image) for r in range(5) for c in range(5)) for image in plain)
+
+
+def test_training_refuses(digits):
+    images, labels = (values[:60] for values in digits)
+    with pytest.raises(InputError, match="uint8 images"):
+        train_features(images.astype(np.float32), labels)
+    with pytest.raises(InputError, match="one class number per image"):
+        train_features(images, labels[:-1])
+    with pytest.raises(InputError, match="at least 20"):
+        train_features(images[:19], labels[:19])
+    with pytest.raises(RunError, match="lower lr"):
+        train_features(images, labels, epochs=2, width=4, lr=1e30)
+
+
+def test_precision_switches_are_restored(small_file):
+    torch.set_float32_matmul_precision("high")
+    try:
+        load_detector(small_file)(torch.zeros([1, 1, 16, 16], dtype=torch.uint8))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+# Files
+
+
+def test_small_round_trip(small_file):
+    net, name, report = load_small(small_file)
+    assert name == "toy" and report == {"held_out_accuracy": 0.5} and net.config["feature_dim"] == 8
+    images = torch.randint(0, 256, [3, 1, 16, 16], dtype=torch.uint8)
+    detector = load_detector(small_file)
+    values, probs = detector(images)
+    torch.testing.assert_close(values, net(images))
+    torch.testing.assert_close(probs, net.logits(net(images)).softmax(dim=1))
+    assert values.dtype == torch.float32 and detector(images, probabilities=False)[1] is None
+    identity = detector.identity.as_dict()
+    assert identity.pop("hash") == hashlib.sha256(small_file.read_bytes()).hexdigest()[:16]
+    assert identity == {
+        "name": "toy",
+        "input_size": 16,
+        "resize": "antialiased-bilinear",
+        "feature_dim": 8,
+        "num_classes": 4,
+    }
+
+
+def test_other_sizes_are_resized(small_file):
+    detector = load_detector(small_file)
+    images = torch.randint(0, 256, [2, 1, 16, 16], dtype=torch.uint8)
+    big = images.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    assert detector(big)[0].shape == (2, 8)
+    flat = torch.full([1, 1, 64, 64], 99, dtype=torch.uint8)
+    torch.testing.assert_close(detector(flat)[0], detector(flat[:, :, :16, :16])[0])
+
+
+def test_a_name_is_not_enough_to_be_inception(tmp_path):
+    net = SmallConvNet(resolution=16, channels=1, classes=4, width=4, feature_dim=8)
+    save_small(net, tmp_path / "toy.safetensors", detectors.INCEPTION)
+    assert not load_detector(tmp_path / "toy.safetensors").identity.is_inception
+
+
+def test_images_need_not_be_rounded(small_file):
+    detector = load_detector(small_file)
+    images = torch.randint(0, 256, [2, 1, 16, 16], dtype=torch.uint8)
+    torch.testing.assert_close(detector.embed(images.float()), detector(images)[0])
+    assert not torch.equal(detector.embed(images + 0.25), detector(images)[0])
+
+
+def test_images_are_checked(small_file):
+    detector = load_detector(small_file)
+    with pytest.raises(InputError, match="toy takes images with 1 channel"):
+        detector(torch.zeros([1, 3, 16, 16], dtype=torch.uint8))
+    with pytest.raises(InputError, match="uint8 images"):
+        detector(torch.zeros([1, 1, 16, 16]))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_torchscript(tmp_path):
+    images = torch.randint(0, 256, [4, 3, 8, 8], dtype=torch.uint8)
+    torch.jit.script(Plain()).save(tmp_path / "my net.pt")
+    detector = load_detector(tmp_path / "my net.pt")
+    assert detector.identity.name == "my-net" and detector.identity.num_classes is None
+    values, probs = detector(images)
+    torch.testing.assert_close(values, images.float().mean(dim=(2, 3)))
+    assert probs is None and detector(images[:, :1])[0].shape == (4, 3)
+    torch.jit.script(Published()).save(tmp_path / "inception-2015-12-05.pt")
+    detector = load_detector(tmp_path / "inception-2015-12-05.pt")
+    values, probs = detector(images)
+    torch.testing.assert_close(values, images.float().mean(dim=(2, 3)))
+    torch.testing.assert_close(probs, (values[:, :2] / 255).softmax(dim=1))
+    assert not detector.identity.is_inception and detector.identity.name == "inception-2015-12-05-other"
+
+
+def test_inception_is_known_by_its_content(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    path = tmp_path / "weights.pth"
+    torch.save(InceptionV3().state_dict(), path)
+    detector = load_detector(path)
+    assert detector.identity.name == "weights" and not detector.identity.is_inception
+    values, probs = detector(torch.zeros([1, 1, 20, 20], dtype=torch.uint8))
+    assert values.shape == (1, 2048) and probs.shape == (1, 1008) and probs.sum() == pytest.approx(1, abs=1e-5)
+    state = {name: value.contiguous() for name, value in InceptionV3().state_dict().items()}
+    safetensors.torch.save_file(state, tmp_path / "inception-2015-12-05.safetensors")
+    other = load_detector(tmp_path / "inception-2015-12-05.safetensors")
+    assert other.identity.name == "inception-2015-12-05-other" and other.identity.num_classes == 1008
+    monkeypatch.setattr(detectors, "INCEPTION_FILES", {hashlib.sha256(path.read_bytes()).hexdigest()})
+    assert load_detector(path).identity.is_inception
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_files_are_refused(tmp_path, small_file):
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
+    torch.save(Plain(), tmp_path / "pickle.pth")
+    (tmp_path / "text.pt").write_text("no network")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "cut.safetensors").write_bytes(small_file.read_bytes()[:-10])
+    (tmp_path / "head.safetensors").write_bytes(small_file.read_bytes().replace(b"features 1", b"features 9"))
+    (tmp_path / "config.safetensors").write_bytes(small_file.read_bytes().replace(b"feature_dim", b"feature_dix"))
+    torch.jit.script(torch.nn.Linear(3, 3)).save(tmp_path / "linear.pt")
+    for name in (
+        "other.pth",
+        "pickle.pth",
+        "text.pt",
+        "empty.pth",
+        "cut.safetensors",
+        "head.safetensors",
+        "config.safetensors",
+        "linear.pt",
+    ):
+        with pytest.raises(InputError, match=name):
+            load_detector(tmp_path / name)
+
+
+def test_unknown_name_is_refused(tmp_path):
+    with pytest.raises(InputError, match="--detector=nowhere"):
+        load_detector("nowhere")

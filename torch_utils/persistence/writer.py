@@ -1,0 +1,155 @@
+"""Writes records in the layout of the official persistence code, through Python's own pickler."""
+
+import dataclasses
+import io
+import pickle
+import struct
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from torch_utils.persistence.reader import STORAGE_DTYPES, STORAGE_MAGIC, STORAGE_PROTOCOL, Record
+
+PROTOCOL = 4
+
+
+def write(content: dict[str, Any], file: IO[bytes], reconstruct: Callable) -> None:
+    """Pickle `content`: plain data (see `plain`), tensors on the CPU, and `Record` as a call of `reconstruct`."""
+    _Pickler(file, reconstruct).dump(content)
+
+
+def plain(value: Any, memo: dict[Any, Any] | None = None) -> Any:
+    """A copy of `value` made of nothing but Python's own data types, CPU tensors and records; sharing is kept.
+
+    NumPy scalars become Python numbers and dictionaries of other kinds plain ones (except ordered ones). Records of
+    torch's ModuleDict become one that holds records.
+
+    Raises:
+        TypeError: with the type, when there is anything else in it.
+    """
+    memo = {} if memo is None else memo
+    if type(value) is str:
+        return memo.setdefault(value, value)  # one object each, so that a pickle does not depend on where they are from
+    if value is None or type(value) in (bool, int, float, bytes):
+        return value
+    if id(value) in memo:
+        return memo[id(value)][1]
+    if isinstance(value, np.generic):
+        copy = value.item()
+    elif isinstance(value, memoryview):
+        copy = bytes(value)
+    elif isinstance(value, torch.nn.Parameter):
+        copy = torch.nn.Parameter(cpu_tensor(value), requires_grad=False)
+    elif isinstance(value, torch.Tensor):
+        copy = cpu_tensor(value)
+    elif isinstance(value, Record):
+        name, text = plain(value.class_name, memo), plain(value.module_src, memo)
+        copy = dataclasses.replace(value, class_name=name, module_src=text, state=plain(value.state, memo))
+        copy = _module_dict(copy) if value.module_src is None else copy
+    elif isinstance(value, dict):
+        kind = OrderedDict if isinstance(value, OrderedDict) else dict
+        copy = kind((plain(key, memo), plain(item, memo)) for key, item in value.items())
+    elif isinstance(value, (list, set)):
+        copy = type(value)(plain(item, memo) for item in value)
+    elif isinstance(value, tuple):
+        copy = tuple(plain(item, memo) for item in value)
+    else:
+        raise TypeError(f"a {type(value).__name__} cannot be written into a network pickle")
+    memo[id(value)] = (value, copy)  # the value itself too, so that its id stays its own
+    return copy
+
+
+def _module_dict(record: Record) -> torch.nn.ModuleDict:
+    """Torch's own container with records where its modules would be: good for nothing but pickling."""
+    if record.class_name != "ModuleDict":
+        raise TypeError(f"a {record.class_name} cannot be written into a network pickle")
+    container = torch.nn.ModuleDict.__new__(torch.nn.ModuleDict)
+    container.__dict__.update(record.state)
+    return container
+
+
+def cpu_tensor(
+    tensor: torch.Tensor, dtype: torch.dtype | None = None, stride: tuple[int, ...] | None = None
+) -> torch.Tensor:
+    """`tensor` on the CPU without history, dense and alone in its storage; by default with the strides it has."""
+    result = tensor.detach().to("cpu", dtype or tensor.dtype)
+    stride = stride or result.stride()
+    if not _is_dense(result.shape, stride):
+        result = result.contiguous()
+    elif result.stride() != stride:
+        result = torch.empty_strided(result.shape, stride, dtype=result.dtype).copy_(result)
+    alone = result.untyped_storage().nbytes() == result.numel() * result.element_size()
+    return result if alone else result.clone()
+
+
+def _is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
+    """Whether a tensor of this shape and stride fills its storage exactly once."""
+    expected = 1
+    for step, size in sorted((step, size) for size, step in zip(shape, stride) if size > 1):
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+class _Storage:
+    """The storage of a dense tensor that is alone in it; `key` only has to be different for each."""
+
+    def __init__(self, tensor: torch.Tensor, key: str):
+        self.tensor = tensor
+        self.key = key
+
+    def blob(self) -> bytes:
+        """Torch's save format from before 1.6: see the reader."""
+        count = self.tensor.numel()
+        info = {
+            "protocol_version": STORAGE_PROTOCOL,
+            "little_endian": True,
+            "type_sizes": {"short": 2, "int": 4, "long": 4},
+        }
+        content = self.tensor.as_strided([count], [1]).view(torch.uint8).numpy()
+        parts = [pickle.dumps(value, 2) for value in (STORAGE_MAGIC, STORAGE_PROTOCOL, info)]
+        parts += [self._description(count), pickle.dumps([self.key], 2), struct.pack("<q", count), content.data]
+        return b"".join(parts)
+
+    def _description(self, count: int) -> bytes:
+        storage_type = getattr(torch, _STORAGE_TYPES[self.tensor.dtype])
+        description = ("storage", storage_type, self.key, "cpu", count, None)
+        buffer = io.BytesIO()
+        pickler = pickle.Pickler(buffer, 2)
+        pickler.persistent_id = lambda value: description if value is self else None
+        pickler.dump(self)
+        return buffer.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Writes tensors as torch's own pickling does, but with storage keys that are the same each time."""
+
+    def __init__(self, file: IO[bytes], reconstruct: Callable):
+        super().__init__(file, protocol=PROTOCOL)
+        self.reconstruct = reconstruct
+        self.storages = 0
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Record):
+            meta = {"type": "class", "version": value.version, "module_src": value.module_src}
+            return self.reconstruct, ({**meta, "class_name": value.class_name, "state": value.state},)
+        if isinstance(value, torch.nn.Parameter):
+            return _REBUILD_PARAMETER, (value.data, False, OrderedDict())
+        if isinstance(value, torch.Tensor):
+            self.storages += 1
+            storage = _Storage(value, str(self.storages))
+            return _REBUILD_TENSOR, (storage, 0, tuple(value.shape), value.stride(), False, OrderedDict())
+        if isinstance(value, _Storage):
+            return _LOAD_STORAGE, (value.blob(),)
+        return NotImplemented
+
+
+# The functions that torch names when it pickles a parameter, its tensor and its storage.
+_REBUILD_PARAMETER, (_tensor, *_) = torch.nn.Parameter(torch.zeros(1), requires_grad=False).__reduce_ex__(PROTOCOL)
+_REBUILD_TENSOR, (_storage, *_) = _tensor.__reduce_ex__(PROTOCOL)
+_LOAD_STORAGE, _ = _storage.__reduce__()
+_STORAGE_TYPES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
