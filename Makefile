@@ -20,9 +20,12 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
+# Style, types, and that imports run one way.
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -41,7 +41,7 @@ def main():
 
 
 def golden_weights(meta: dict) -> dict[str, torch.Tensor]:
-    """The golden recipe for Inception weights: every tensor from its own generator, seeded by the name's checksum."""
+    """Make Inception weights by the golden recipe: each tensor has its own generator, seeded by the name's checksum."""
     state = {}
     for key, shape in meta["state_dict"].items():
         if key.endswith("num_batches_tracked"):
@@ -119,21 +119,20 @@ def golden():
 
 
 @main.command()
-@click.option("--count", type=cli.POSITIVE_INT, default=128, help="Images per measurement.")
-@click.option("--batch", type=cli.POSITIVE_INT, default=32, help="Images per pass.")
-@click.option("--repeats", type=cli.POSITIVE_INT, default=3, help="Measurements of each, in turns.")
+@click.option("--count", type=cli.POSITIVE_INT, default=128, help="Measure with this many images.")
+@click.option("--batch", type=cli.POSITIVE_INT, default=32, help="Pass this many images through the networks at once.")
+@click.option("--repeats", type=cli.POSITIVE_INT, default=3, help="Measure each this often, in turns.")
 @cli.device_option
 def speed(count, batch, repeats, device):
-    """Images per second of generator + Inception + moments, against torch-fidelity's Inception on the same images."""
+    """Print images per second of generator, Inception and moments, beside torch-fidelity's on the same images."""
     theirs = _torch_fidelity()
-    from di_refine.generators import NetworkSampler
+    from di_refine.generators import GeneratorSampler, StyleGAN2Generator
     from stylegan2_ada.networks import Generator
 
     device = cli.pick_device(device)
     torch.manual_seed(0)
-    sampler = NetworkSampler(
-        Generator(512, 0, 512, 32, 3, {"num_layers": 2}).requires_grad_(False), device, chunk=batch
-    )
+    net = Generator(512, 0, 512, 32, 3, {"num_layers": 2}).requires_grad_(False)
+    sampler = GeneratorSampler(StyleGAN2Generator(net), device, chunk=batch)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.pth"
         torch.save(golden_weights(_inception_golden()[1]), path)
@@ -183,7 +182,10 @@ def speed(count, batch, repeats, device):
 
 
 def _torch_fidelity():
-    """torch-fidelity's extractor class, or None. The package imports torchvision, but Inception needs nothing of it."""
+    """Return torch-fidelity's extractor class, or None.
+
+    The package imports torchvision, but its Inception needs nothing of that.
+    """
     if importlib.util.find_spec("torch_fidelity") is None:
         print("torch-fidelity is not installed: no comparison", file=sys.stderr)
         return None
@@ -214,11 +216,11 @@ class _Hollow(types.ModuleType):
 
 
 @main.command()
-@click.option("--count", type=cli.POSITIVE_INT, default=5000, help="Images in each set.")
-@click.option("--features", type=cli.POSITIVE_INT, default=2048, help="Features of each image.")
+@click.option("--count", type=cli.POSITIVE_INT, default=5000, help="Compare sets of this many images.")
+@click.option("--features", type=cli.POSITIVE_INT, default=2048, help="Give each image this many features.")
 @cli.device_option
 def memory(count, features, device):
-    """Seconds and peak memory of precision and recall between two sets of random features."""
+    """Print seconds and peak memory of precision and recall between two sets of random features."""
     rng = np.random.default_rng(0)
     real, fake = (np.empty([count, features], np.float32) for _ in range(2))
     for values, mean in ((real, 0), (fake, 0.05)):

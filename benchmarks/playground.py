@@ -13,10 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from di_refine import objectives, terminal
-from di_refine.commands import (
-    cli,
-    playground,
-)
+from di_refine.commands import cli, plane
 
 
 @cli.command()
@@ -29,11 +26,11 @@ def main(names, seeds, steps):
     print("|---|---|---|---|---|---|---|---|")
     worst = 1.0
     for name in names.split(","):
-        runs = [playground.play(name, steps, seed) for seed in seeds]
+        runs = [plane.play(name, steps, seed) for seed in seeds]
         after = torch.tensor([[run.after[key] for key in ("own", "kl", "js")] for run in runs])
         reduction = 1 - max(run.after["own"] / run.before["own"] for run in runs)
         worst = min(worst, reduction)
-        cells = [f"`{name}`", playground.own_divergence(name), f"{runs[0].before['own']:.3g}"]
+        cells = [f"`{name}`", plane.own_divergence(name), f"{runs[0].before['own']:.3g}"]
         spread = after.std(dim=0, correction=0)
         shown = [
             f"{mean:.3g} +- {std:.1g}" if len(runs) > 1 else f"{mean:.3g}"

@@ -19,13 +19,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from di_refine.trainer_config import PRECISIONS
+
 from di_refine import objectives, terminal
 from di_refine.commands import cli
 from di_refine.edm.networks import EDMPrecond
-from di_refine.files import registry
-from di_refine.generators import DistilledGenerator, StyleGAN2Generator, load_networks
+from di_refine.files import networks, registry
+from di_refine.generators import DistilledGenerator, StyleGAN2Generator
 from di_refine.trainer import Trainer, TrainerConfig
-from di_refine.trainer_config import PRECISIONS
 from stylegan2_ada.networks import Generator
 
 
@@ -37,7 +38,7 @@ def load(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
         shape = {"img_resolution": 32, "img_channels": 3, "label_dim": 10, "model_type": "SongUNet", "augment_dim": 9}
         return generator, EDMPrecond(**shape, model_channels=128, channel_mult=[2, 2, 2], dropout=0.13)
     path = registry.resolve(name)
-    return load_networks(path)[1]["G_ema"], load_networks(registry.companion(path, "teacher"))[1]["ema"]
+    return networks.load(path).average, networks.load(registry.companion(path, "teacher")).average
 
 
 def noise(teacher: torch.nn.Module, batch: int, device: torch.device):
@@ -65,9 +66,9 @@ def main(network, batch, precision, objective, distill, steps, repeats, threads,
     device = cli.pick_device(device)
     generator, teacher = load(network)
     teacher = teacher.to(device, memory_format=torch.channels_last)
-    config = TrainerConfig(batch=batch, precision=precision, objective=objective)
-    face = DistilledGenerator(copy.deepcopy(teacher)) if distill else StyleGAN2Generator(generator.to(device))
-    trainer = Trainer(face, teacher, config, reference=noise(teacher, batch, device))
+    config = TrainerConfig(batch=batch, precision=precision, objective=objective, score_warmup=0)
+    net = DistilledGenerator(copy.deepcopy(teacher)) if distill else StyleGAN2Generator(generator.to(device))
+    trainer = Trainer(net, teacher, config, reference=noise(teacher, batch, device))
 
     def synchronize():
         if device.type == "cuda":

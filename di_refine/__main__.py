@@ -5,9 +5,9 @@ import sys
 
 TOOLS = {
     "inspect": "Say what a network file holds.",
-    "convert": "Convert a network file: pickle, safetensors, ONNX.",
-    "zoo": "List, fetch and verify the public networks that the registry names.",
-    "playground": "Train every objective in the plane, where its result can be computed.",
+    "convert": "Convert a network file to a pickle, to safetensors or to ONNX.",
+    "zoo": "List, fetch and verify the public networks and data that the registry names.",
+    "playground": "Train an objective in the plane, where its result can be computed.",
     "sample-teacher": "Draw a data set from a diffusion model.",
     "refine": "Refine a StyleGAN2 generator with a diffusion teacher.",
     "distill": "Distil a diffusion model into a generator of one step or a few.",
@@ -19,10 +19,10 @@ TOOLS = {
 
 
 def main() -> None:
-    """Run the tool that the first argument names; the others are its own."""
+    """Run the tool that the first argument names, with the arguments after it."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print("Usage: python -m di_refine TOOL [OPTIONS]     (TOOL --help lists its options)\n\nTools:")
+        print("Usage: python -m di_refine TOOL [OPTIONS]\n\nTools, whose options TOOL --help lists:")
         for tool, what in TOOLS.items():
             print(f"  {tool:16}{what}")
         return

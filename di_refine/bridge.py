@@ -60,6 +60,9 @@ class Bridge(torch.nn.Module):
         InputError: another number of channels, or a resolution below 1.
     """
 
+    matrix: torch.Tensor | None
+    luma: torch.Tensor
+
     def __init__(
         self,
         from_channels: int,
@@ -69,16 +72,16 @@ class Bridge(torch.nn.Module):
         resize_filter: str | None = None,
     ):
         super().__init__()
-        for option, channels, resolution in (
-            ("--network", from_channels, from_resolution),
-            ("--teacher", to_channels, to_resolution),
+        for setting, channels, resolution in (
+            ("`network`", from_channels, from_resolution),
+            ("`teacher`", to_channels, to_resolution),
         ):
             if channels not in (1, 3):
                 raise InputError(
-                    f"{option} has images of {channels} channels; only 1 (grey) and 3 (RGB) can be matched"
+                    f"{setting} has images of {channels} channels; only 1 (grey) and 3 (RGB) can be matched"
                 )
             if resolution < 1:
-                raise InputError(f"{option} has images of {resolution} pixels; they must have at least one")
+                raise InputError(f"{setting} has images of {resolution} pixels; they must have at least one")
         resize_filter = resize_filter or ("lanczos" if to_resolution < from_resolution else "bicubic")
         if resize_filter not in FILTERS:
             raise ValueError(f"unknown resize filter {resize_filter!r}; known are {', '.join(FILTERS)}")

@@ -1,11 +1,57 @@
-"""Several diffusion models as one teacher."""
+"""Diffusion models as teachers and student scores: what they must be, how they are loaded, and several as one.
 
-import math
+What only EDM's own U-Nets have (blocks, an encoder, augmentation labels) is known in this module alone.
+"""
+
+import functools
+import os
+import re
 from collections.abc import Sequence
+from typing import Any, Protocol, cast
 
 import torch
+import torch.utils.checkpoint
 
+from di_refine.edm.networks import DhariwalUNet, SongUNet
 from di_refine.errors import InputError
+from di_refine.files import networks
+
+
+class Denoiser(Protocol):
+    """A module that removes noise from images: `D(x; s) = E[x0 | x0 + s n = x]`.
+
+    Called as `denoiser(x [N, C, R, R], sigma [N], labels [N, label_dim])`, it returns denoised images, `[N, C, R, R]`.
+    Clean images lie in [-1, 1], and `x` is such an image plus sigma times unit normals (variance exploding).
+
+    Attributes:
+        img_resolution, img_channels: of the images.
+        label_dim: length of a label; 0 without labels.
+        sigma_min, sigma_max: the noise levels that it knows.
+    """
+
+    img_resolution: int
+    img_channels: int
+    label_dim: int
+    sigma_min: float
+    sigma_max: float
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor: ...
+
+
+def load_denoiser(source: str | os.PathLike, setting: str = "teacher") -> torch.nn.Module:
+    """The averaged network of a diffusion model.
+
+    Args:
+        source: an EDM pickle.
+        setting: what the source was given for, for messages.
+
+    Returns:
+        A `Denoiser` on the CPU, in eval mode.
+
+    Raises:
+        InputError: naming the setting, when the file holds no diffusion model, or one that was distilled.
+    """
+    return networks.load(source, setting).require(networks.EDM, setting).average
 
 
 class Ensemble(torch.nn.Module):
@@ -43,7 +89,7 @@ class Ensemble(torch.nn.Module):
     def __init__(self, teachers: Sequence[torch.nn.Module], weights: Sequence[float] | None = None):
         super().__init__()
         if not teachers:
-            raise InputError("--teacher is needed at least once")
+            raise InputError("`teacher` is needed at least once")
         self.weights = check_weights(weights, len(teachers))
         for attribute, what in (
             ("img_resolution", "resolution"),
@@ -53,17 +99,18 @@ class Ensemble(torch.nn.Module):
             values = [getattr(teacher, attribute) for teacher in teachers]
             if len(set(values)) > 1:
                 raise InputError(
-                    f"--teacher: the {what} of the teachers is {' and '.join(map(str, values))}, but a mean of their "
+                    f"`teacher`: the {what} of the teachers is {' and '.join(map(str, values))}, but a mean of their "
                     "scores needs equal ones; leave out the teachers that differ"
                 )
             setattr(self, attribute, values[0])
         self.teachers = torch.nn.ModuleList(teachers)
-        self.sigma_min = max(getattr(teacher, "sigma_min", 0.0) for teacher in teachers)
-        self.sigma_max = min(getattr(teacher, "sigma_max", math.inf) for teacher in teachers)
-        self.sigma_data = getattr(teachers[0], "sigma_data", 0.5)
+        models = [cast(Denoiser, teacher) for teacher in teachers]
+        self.sigma_min = max(model.sigma_min for model in models)
+        self.sigma_max = min(model.sigma_max for model in models)
+        self.sigma_data = sigma_data(teachers[0])
         if self.sigma_min > self.sigma_max:
             raise InputError(
-                "--teacher: the teachers have no noise levels in common: one begins at "
+                "`teacher`: the teachers have no noise levels in common: one begins at "
                 f"{self.sigma_min:g}, another ends at {self.sigma_max:g}"
             )
 
@@ -81,65 +128,94 @@ class Ensemble(torch.nn.Module):
         Returns:
             Denoised images, as the teachers return them; of a single teacher, exactly its own.
         """
-        total = None
+        total: torch.Tensor | None = None
         for weight, teacher in zip(self.weights, self.teachers):
             if weight == 0:
                 continue
             part = teacher(x, sigma, class_labels, **kwargs)
             part = part if weight == 1 else weight * part
             total = part if total is None else total + part
+        if total is None:
+            raise ValueError("the weights of all teachers are 0")
         return total
 
-    def round_sigma(self, sigma: torch.Tensor | float) -> torch.Tensor:
+    def round_sigma(self, sigma: Any) -> torch.Tensor:
         """The nearest noise level that the teachers know.
 
         Each teacher in turn rounds what the one before left. That is exact while at most one of them has discrete
         levels; every teacher rounds anew on what it is given.
         """
         for teacher in self.teachers:
-            sigma = teacher.round_sigma(sigma)
+            sigma = cast(Any, teacher).round_sigma(sigma)
         return sigma
 
     def extra_repr(self) -> str:
         return f"weights={', '.join(f'{weight:g}' for weight in self.weights)}"
 
 
-def parse_weights(texts: Sequence[str | float], count: int) -> tuple[float, ...]:
-    """What `--teacher-weight` was given as, once per teacher.
-
-    Args:
-        texts: numbers, or their text, in the order of the teachers; none at all means equal weights.
-        count: how many teachers there are.
-
-    Returns:
-        `count` weights with sum 1.
-
-    Raises:
-        InputError: naming the option, when something is not a number or `check_weights` refuses.
-    """
-    try:
-        numbers = [float(text) for text in texts]
-    except ValueError:
-        raise InputError(f"--teacher-weight must be numbers such as 0.5, not {', '.join(map(repr, texts))}") from None
-    return check_weights(numbers, count)
-
-
 def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
     """The weights of `count` teachers; none given are equal ones.
 
     Raises:
-        InputError: naming the option, when their number differs, one is negative, or their sum is not 1 (to 1e-6).
+        InputError: their number differs, one is negative, or their sum is not 1 (to 1e-6).
     """
     if not weights:
         return (1 / count,) * count
     given = ", ".join(f"{weight:g}" for weight in weights)
     if len(weights) != count:
         raise InputError(
-            f"--teacher-weight is given {len(weights)} times and --teacher {count} times; give one weight per teacher, "
+            f"`teacher_weight` is given {len(weights)} times and `teacher` {count} times; give one weight per teacher, "
             "or none for equal ones"
         )
     if not all(weight >= 0 for weight in weights):
-        raise InputError(f"--teacher-weight must not be negative, but the weights are {given}")
+        raise InputError(f"`teacher_weight` must not be negative, but the weights are {given}")
     if not abs(sum(weights) - 1) <= 1e-6:
-        raise InputError(f"--teacher-weight must sum to 1, but {given} sum to {sum(weights):g}")
+        raise InputError(f"`teacher_weight` must sum to 1, but {given} sum to {sum(weights):g}")
     return tuple(float(weight) for weight in weights)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What EDM's networks have besides
+
+
+def _unet(net: torch.nn.Module) -> torch.nn.Module | None:
+    """The U-Net within an EDM network, or within the first network of an `Ensemble`; None for any other module."""
+    if isinstance(net, Ensemble):
+        net = net.teachers[0]
+    model = getattr(net, "model", None)
+    return model if isinstance(model, (SongUNet, DhariwalUNet)) else None
+
+
+def encoder_layer(net: torch.nn.Module) -> torch.nn.Module:
+    """The last layer of a denoiser's encoder, whose output the density ratio is made from.
+
+    Raises:
+        ValueError: the network has no encoder that is known here, so the layer has to be named.
+    """
+    unet = _unet(net)
+    if unet is None:
+        raise ValueError(f"{type(net).__name__} has no encoder that is known here; name the layer that makes features")
+    return list(cast(torch.nn.ModuleDict, unet.enc).values())[-1]
+
+
+def recompute_blocks(net: torch.nn.Module) -> None:
+    """Save memory: keep what enters each block of a U-Net, and compute the rest again in the backward pass."""
+    for name, block in net.named_modules():
+        if re.fullmatch(r"model\.(enc|dec)\.\w+", name):
+            block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+
+
+def augment_dim(net: torch.nn.Module) -> int:
+    """How many augmentation labels a denoiser takes; 0 for one that takes none."""
+    layer = getattr(_unet(net), "map_augment", None)
+    return layer.in_features if layer is not None else 0
+
+
+def has_dropout(net: torch.nn.Module) -> bool:
+    """Whether a denoiser was built with dropout."""
+    return any(getattr(module, "dropout", 0) for module in net.modules())
+
+
+def sigma_data(net: torch.nn.Module) -> float:
+    """The standard deviation of the data that a denoiser's loss is weighted for (arXiv 2206.00364, table 1)."""
+    return getattr(net, "sigma_data", 0.5)

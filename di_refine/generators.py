@@ -1,40 +1,91 @@
-"""Generators as the training loop sees them, and samplers as the metrics see them.
+"""What the trainer calls a generator, what the metrics call a sampler, and the ones that there are of both."""
 
-A generator for `di_refine.trainer.Trainer` is any module called as `generator(z, labels) -> images` that has
-`latent_shape` (of one sample) and `label_dim` (0 without labels). A sampler is called as
-`sampler(first_index, count, seed) -> (uint8 images [n, C, H, W], labels [n, L] or None)` and is a pure function of
-image index and seed: the same image has the same pixels whatever the batch size.
-"""
-
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 
+from di_refine.denoisers import Denoiser
 from di_refine.edm import sampler as edm_sampler
 from di_refine.errors import InputError
+from di_refine.files import networks
 from di_refine.files.pictures import to_uint8
-from di_refine.noise import EdmGrid
-from torch_utils import misc, persistence
+from di_refine.noise import edm_level
+from stylegan2_ada import networks as stylegan2
+from torch_utils import misc
+
+
+class Generator(Protocol):
+    """A module that makes images of latents; any differentiable one can be trained.
+
+    The trainer needs no more than this. To be sampled and measured it has `img_channels` and `img_resolution`, too.
+
+    Called as `generator(z [N, *latent_shape], labels [N, label_dim])`, it returns images, `[N, C, R, R]` with values
+    about [-1, 1].
+
+    Attributes:
+        latent_shape: shape of one latent. Latents are unit normals.
+        label_dim: length of a label; 0 without labels.
+    """
+
+    latent_shape: tuple[int, ...]
+    label_dim: int
+
+    def __call__(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor: ...
+
+
+class Sampler(Protocol):
+    """A source of images to be measured.
+
+    Called as `sampler(first_index, count, seed)`, it returns uint8 images `[count, C, R, R]` and their labels
+    `[count, label_dim]`, or None without labels. It is a pure function of image index and seed: the same image has the
+    same pixels whatever the batch size.
+
+    Attributes:
+        resolution, num_channels: of the images.
+        label_dim: length of a label; 0 without labels.
+        num_images: how many images there are; None where there is no limit.
+    """
+
+    resolution: int
+    num_channels: int
+    label_dim: int
+    num_images: int | None
+
+    def __call__(self, first_index: int, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]: ...
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generators
 
 
 class StyleGAN2Generator(torch.nn.Module):
-    """A StyleGAN2 network with the training loop's face."""
+    """A StyleGAN2 network as a `Generator`.
 
-    def __init__(self, net: torch.nn.Module, noise_mode: str = "random"):
+    Args:
+        net: `stylegan2_ada.networks.Generator`.
+        noise_mode: 'random', 'const' or 'none', see the network.
+        truncation_psi: see the network; 1 does not truncate.
+    """
+
+    def __init__(self, net: stylegan2.Generator, noise_mode: str = "random", truncation_psi: float = 1.0):
         super().__init__()
-        self.net = net
-        self.noise_mode = noise_mode
-        self.latent_shape = (net.z_dim,)
-        self.label_dim = net.c_dim
+        self.net, self.noise_mode, self.truncation_psi = net, noise_mode, truncation_psi
+        self.training = net.training
+        self.latent_shape: tuple[int, ...] = (net.z_dim,)
+        self.label_dim: int = net.c_dim
+        self.img_resolution, self.img_channels = net.img_resolution, net.img_channels
 
     def forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """`[N, z_dim]`, `[N, c_dim]` -> images `[N, C, R, R]`."""
-        return self.net(z, labels, noise_mode=self.noise_mode)
+        return self.net(z, labels, truncation_psi=self.truncation_psi, noise_mode=self.noise_mode)
 
 
 class DistilledGenerator(torch.nn.Module):
-    """A diffusion network that makes images in one step or a few.
+    """A diffusion network that makes images in one step or a few, as a `Generator`.
 
     One step is `x0 = D(s_1 z, s_1, c)` (arXiv 2305.18455, section 4.1). Further steps put noise of lower levels on the
     result and denoise again, `x0 <- D(x0 + s_k z_k, s_k, c)`. In training mode the images of a random step are
@@ -50,12 +101,14 @@ class DistilledGenerator(torch.nn.Module):
         super().__init__()
         self.net = net
         self.sigmas = tuple(float(sigma) for sigma in sigmas)
-        image = (net.img_channels, net.img_resolution, net.img_resolution)
-        self.latent_shape = image if len(self.sigmas) == 1 else (len(self.sigmas), *image)
-        self.label_dim = net.label_dim
+        model = cast(Denoiser, net)
+        self.img_resolution, self.img_channels = model.img_resolution, model.img_channels
+        image = (model.img_channels, model.img_resolution, model.img_resolution)
+        self.latent_shape: tuple[int, ...] = image if len(self.sigmas) == 1 else (len(self.sigmas), *image)
+        self.label_dim = model.label_dim
 
     def train(self, mode: bool = True) -> "DistilledGenerator":
-        """Whether a random step's images are returned, or the last one's."""
+        """Return a random step's images from now on, or the last step's."""
         super().train(mode)
         self.net.eval()
         return self
@@ -71,15 +124,19 @@ class DistilledGenerator(torch.nn.Module):
             x = x0 + sigma * z[:, step]
             with torch.set_grad_enabled(torch.is_grad_enabled() and step == last):
                 x0 = self.net(x, torch.full([len(z)], sigma, device=z.device), labels)
-        return x0
+        return torch.as_tensor(x0)
 
 
 def step_sigmas(steps: int, init_sigma: float) -> list[float]:
     """Noise levels of a generator of a few steps: EDM's spacing (arXiv 2206.00364, equation 5, rho 7) from `init_sigma`
     down to 0.1, below which images hardly change, without that end.
     """
-    grid = EdmGrid(min(0.1, init_sigma), init_sigma)
-    return [init_sigma, *grid.level(1 - torch.arange(1, steps, dtype=torch.float64) / steps).tolist()]
+    position = torch.arange(1, steps, dtype=torch.float64) / steps
+    return [init_sigma, *edm_level(position, min(0.1, init_sigma), init_sigma).tolist()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samplers
 
 
 def latents(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
@@ -92,50 +149,52 @@ def latents(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(np.stack(draws)).float()
 
 
-class NetworkSampler:
-    """A sampler over a loaded network; see the module's text for the contract. Leaves the network's mode as it was.
+class NetworkSampler(ABC):
+    """A `Sampler` that draws latents and labels and lets a network make images of them.
 
     Args:
-        net: a StyleGAN2 generator, or an EDM-preconditioned denoiser.
+        net: the network. It is moved to the device, and put into eval mode while it makes images.
+        latent_shape: shape of one latent.
+        image: channels and resolution of what the network makes.
+        label_dim: length of a label.
         device: where to run.
-        num_steps: Heun steps for a denoiser.
-        truncation_psi: for StyleGAN2.
-        label: fixed class; None draws classes with `class_probs`.
+        label: the class of all images; None draws classes with `class_probs`.
         class_probs: `[label_dim]` frequencies; None is uniform.
         chunk: images per forward pass. Chunks begin at multiples of it, whatever is asked for, so random noise inputs
             do not depend on the caller's batch size.
-        sigmas: makes a denoiser a `DistilledGenerator` of these noise levels; None samples it.
         bridge: applied to the images, see `di_refine.bridge`.
+
+    Raises:
+        InputError: the network has no such class.
     """
 
     def __init__(
         self,
         net: torch.nn.Module,
+        latent_shape: tuple[int, ...],
+        image: tuple[int, int],
+        label_dim: int,
         device: torch.device | str = "cpu",
-        num_steps: int = 18,
-        truncation_psi: float = 1.0,
         label: int | None = None,
         class_probs: np.ndarray | None = None,
         chunk: int = 128,
-        sigmas: Sequence[float] | None = None,
         bridge: torch.nn.Module | None = None,
     ):
         self.net = net.to(device)
         self.device = torch.device(device)
-        self.resolution, self.num_channels = net.img_resolution, net.img_channels
-        self.is_diffusion = hasattr(net, "round_sigma")
-        self.label_dim = net.label_dim if self.is_diffusion else net.c_dim
-        self.num_steps, self.truncation_psi = num_steps, truncation_psi
+        self.latent_shape = latent_shape
+        self.num_channels, self.resolution = image
+        self.label_dim = label_dim
+        self.num_images: int | None = None
         self.label, self.class_probs, self.chunk = label, class_probs, chunk
-        self.distilled = None if sigmas is None else DistilledGenerator(self.net, sigmas).eval()
-        image = (self.num_channels, self.resolution, self.resolution)
-        self.latent_shape = image if self.is_diffusion else (net.z_dim,)
-        if self.distilled is not None:
-            self.latent_shape = self.distilled.latent_shape
         self.bridge = torch.nn.Identity() if bridge is None else bridge.to(device)
-        if label is not None and not 0 <= label < max(self.label_dim, 1):
-            known = f"0 to {self.label_dim - 1}" if self.label_dim else "no classes"
-            raise InputError(f"--class={label} is not a class of this network, which has {known}.")
+        if label is not None and not 0 <= label < max(label_dim, 1):
+            known = f"0 to {label_dim - 1}" if label_dim else "no classes"
+            raise InputError(f"label={label} is not a class of this network, which has {known}")
+
+    @abstractmethod
+    def _forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Images `[N, C, R, R]` of latents `[N, *latent_shape]` and labels `[N, label_dim]`."""
 
     def labels(self, seeds: list[int]) -> torch.Tensor:
         """One-hot labels `[n, label_dim]`, one draw per seed."""
@@ -149,28 +208,24 @@ class NetworkSampler:
         return labels
 
     @torch.inference_mode()
-    def images(
-        self, seeds: list[int], labels: torch.Tensor | None = None, noise_seed: int = 0, noise_mode: str = "random"
-    ):
-        """Float images `[n, C, R, R]` for latent seeds; `labels` default to one draw per seed."""
+    def images(self, seeds: list[int], labels: torch.Tensor | None = None, noise_seed: int = 0) -> torch.Tensor:
+        """Float images `[n, C, R, R]` for latent seeds.
+
+        Args:
+            seeds: one for each image.
+            labels: `[n, label_dim]`; None draws one per seed.
+            noise_seed: seeds what the network draws by itself, such as noise inputs.
+        """
         z = latents(seeds, self.latent_shape).to(self.device)
         c = (self.labels(seeds) if labels is None else labels).to(self.device)
         training = self.net.training
         self.net.eval()
         try:
-            return self.bridge(self._forward(z, c, noise_seed, noise_mode))
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(noise_seed)
+                return self.bridge(self._forward(z, c))
         finally:
             self.net.train(training)
-
-    def _forward(self, z: torch.Tensor, c: torch.Tensor, noise_seed: int, noise_mode: str) -> torch.Tensor:
-        if self.distilled is not None:
-            return self.distilled(z, c)
-        if self.is_diffusion:
-            return edm_sampler.sample(self.net, z, c if self.label_dim else None, num_steps=self.num_steps).float()
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(noise_seed)
-            return self.net(z, c, truncation_psi=self.truncation_psi, noise_mode=noise_mode)
 
     def __call__(self, first_index: int, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """uint8 images `[count, C, R, R]` and their labels for the indices from `first_index` on."""
@@ -186,61 +241,79 @@ class NetworkSampler:
         return torch.cat(parts), torch.cat(all_labels) if self.label_dim else None
 
 
-def load_networks(path) -> tuple[str, dict]:
-    """Read a pickle and say what it is: ('stylegan2' or 'edm', its dict).
+class GeneratorSampler(NetworkSampler):
+    """A `Sampler` over a `Generator`.
 
-    Raises:
-        torch_utils.persistence.NetworkFormatError: not a network file.
+    Args:
+        generator: such as `StyleGAN2Generator` or `DistilledGenerator`; any other one needs `img_channels` and
+            `img_resolution` besides what a `Generator` has.
+        settings: the arguments of `NetworkSampler` from `device` on.
     """
-    networks = persistence.load(path)
-    if "G_ema" in networks and hasattr(networks["G_ema"], "mapping"):
-        return "stylegan2", networks
-    if any(hasattr(networks.get(key), "round_sigma") for key in ("ema", "G_ema")):
-        return "edm", networks
-    raise persistence.NetworkFormatError(
-        f"{path}: holds neither a StyleGAN2 generator (G_ema) nor an EDM network (ema)"
-    )
+
+    def __init__(self, generator: Any, device: torch.device | str = "cpu", **settings):
+        image = (generator.img_channels, generator.img_resolution)
+        super().__init__(generator, generator.latent_shape, image, generator.label_dim, device, **settings)
+
+    @property
+    def generator(self) -> Any:
+        """The generator."""
+        return self.net
+
+    def _forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.net(z, labels)
 
 
-def averaged(networks: dict) -> torch.nn.Module:
-    """The averaged network of a pickle: `ema` of an EDM file, which other tools call `G_ema` as StyleGAN2 does."""
-    return networks["ema"] if "ema" in networks else networks["G_ema"]
+class DiffusionSampler(NetworkSampler):
+    """A `Sampler` over a diffusion model: EDM's deterministic Heun sampler (arXiv 2206.00364, algorithm 1).
 
-
-def load_kind(path, kind: str, option: str) -> dict:
-    """A network file that has to be of one kind, 'stylegan2' or 'edm': a diffusion model that was not distilled.
-
-    Raises:
-        InputError: naming the option, when it is no network file or of another kind.
+    Args:
+        net: a module that is a `Denoiser`.
+        device: where to run.
+        num_steps: steps of the sampler.
+        settings: the further arguments of `NetworkSampler`.
     """
-    names = {"stylegan2": "a StyleGAN2 generator", "edm": "an EDM diffusion model"}
-    try:
-        found, networks = load_networks(path)
-    except persistence.NetworkFormatError as error:
-        raise InputError(f"{option}: {error}") from None
-    if found != kind:
-        raise InputError(f"{option}={path} is {names[found]}, not {names[kind]}")
-    if networks.get("distilled_sigmas") is not None:
-        raise InputError(f"{option}={path} was distilled to few steps, so it is no diffusion model any more")
-    return networks
+
+    def __init__(self, net: torch.nn.Module, device: torch.device | str = "cpu", num_steps: int = 18, **settings):
+        model = cast(Denoiser, net)
+        shape = (model.img_channels, model.img_resolution, model.img_resolution)
+        super().__init__(net, shape, shape[:2], model.label_dim, device, **settings)
+        self.num_steps = num_steps
+
+    def _forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return edm_sampler.sample(self.net, z, labels if self.label_dim else None, num_steps=self.num_steps).float()
 
 
 def load_sampler(
-    path,
+    path: str | os.PathLike,
     steps: int = 18,
     truncation: float = 1.0,
     device: torch.device | str = "cpu",
-    label: int | None = None,
-    class_probs: np.ndarray | None = None,
     init_sigma: float | None = None,
+    noise_mode: str = "random",
+    **settings,
 ) -> NetworkSampler:
-    """A sampler over the averaged network in a pickle; arguments as for `NetworkSampler`.
+    """A sampler over the averaged network in a pickle.
 
-    A distilled generator says so in its file (`distilled_sigmas`); `init_sigma` makes any denoiser one of one step.
+    Args:
+        path: a StyleGAN2 generator, a diffusion model, or a distilled one, which knows its noise levels.
+        steps: of the sampler, for a diffusion model.
+        truncation: truncation psi, for a StyleGAN2 generator.
+        device: where to run.
+        init_sigma: makes any diffusion model a generator of one step from this noise level.
+        noise_mode: 'random', 'const' or 'none', for a StyleGAN2 generator.
+        settings: further arguments of `NetworkSampler`.
+
+    Raises:
+        InputError: the file holds no such network, or another kind than a setting is for.
     """
-    kind, networks = load_networks(path)
-    net = averaged(networks)
-    if init_sigma is not None and kind != "edm":
-        raise InputError(f"--init-sigma is for EDM networks, and {path} is a StyleGAN2 generator")
-    sigmas = networks.get("distilled_sigmas") if init_sigma is None else [init_sigma]
-    return NetworkSampler(net, device, steps, truncation, label, class_probs, sigmas=sigmas)
+    file = networks.load(path)
+    if file.kind == networks.STYLEGAN2:
+        if init_sigma is not None:
+            raise InputError(f"init_sigma={init_sigma:g} is for EDM networks, and {path} is a StyleGAN2 generator")
+        return GeneratorSampler(StyleGAN2Generator(file.average, noise_mode, truncation), device, **settings)
+    if truncation != 1:
+        raise InputError(f"truncation={truncation:g} is for StyleGAN2 generators, and {path} is a diffusion network")
+    sigmas = file.sigmas if init_sigma is None else [init_sigma]
+    if sigmas is not None:
+        return GeneratorSampler(DistilledGenerator(file.average, sigmas), device, **settings)
+    return DiffusionSampler(file.average, device, steps, **settings)

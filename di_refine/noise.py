@@ -1,4 +1,4 @@
-"""Noise levels: the laws they are drawn from, and how much each one counts.
+"""Noise levels: the laws that they are drawn from, and the grid of EDM.
 
 Everything uses the variance-exploding convention of EDM (arXiv 2206.00364): `x_s = x0 + s * n` with `n ~ N(0, I)`.
 """
@@ -6,6 +6,8 @@ Everything uses the variance-exploding convention of EDM (arXiv 2206.00364): `x_
 from dataclasses import dataclass
 
 import torch
+
+from di_refine.config import TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,37 @@ class EdmGrid:
         return self.level(torch.rand(n, generator=rng, device=rng.device) * (self.tmax / 1000))
 
     def level(self, t: torch.Tensor) -> torch.Tensor:
-        """`s(t) = (smax^(1/rho) + (1 - t) (smin^(1/rho) - smax^(1/rho)))^rho` for t in [0, 1]: t = 0 is the lowest."""
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return (high + (1 - t) * (low - high)) ** self.rho
+        """The level at t in [0, 1]: t = 0 is the lowest."""
+        return edm_level(1 - t, self.sigma_min, self.sigma_max, self.rho)
 
 
-WEIGHTS = {
-    "unit": lambda sigma: torch.ones_like(sigma),
-    "sigma": lambda sigma: sigma,
-    "sigma2": lambda sigma: sigma**2,
-    "sigma4": lambda sigma: sigma**4,
-}
-"""Weightings w(s) of a divergence at noise level s, by name."""
+Law = LogNormal | EdmGrid
+"""What noise levels are drawn from: called as `law(n, rng)`."""
+
+
+def edm_level(position: torch.Tensor, sigma_min: float, sigma_max: float, rho: float = 7.0) -> torch.Tensor:
+    """Noise levels at positions in [0, 1] of EDM's grid, from the highest at 0 to the lowest at 1.
+
+    `s(p) = (smax^(1/rho) + p (smin^(1/rho) - smax^(1/rho)))^rho` (arXiv 2206.00364, equation 5).
+    """
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (high + position * (low - high)) ** rho
+
+
+def laws(config: TrainerConfig, sigma_min: float, sigma_max: float) -> tuple[Law, Law | None]:
+    """The laws of the noise levels that the settings name, within the levels that a teacher knows.
+
+    Args:
+        config: its `sigma_dist`, `sigma_mean`, `sigma_std` and `tmax` count.
+        sigma_min, sigma_max: the teacher's lowest and highest level.
+
+    Returns:
+        The law of the objective, and that of the student score where it is another one.
+    """
+    lognormal = LogNormal(config.sigma_mean, config.sigma_std, sigma_min, sigma_max)
+    if config.sigma_dist == "lognormal":
+        return lognormal, None
+    return EdmGrid(max(0.002, sigma_min), min(80.0, sigma_max), tmax=config.tmax), lognormal
 
 
 def expand_as(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -19,18 +19,6 @@ class _Encoded(Exception):
         self.features = features
 
 
-def encoder_layer(net: torch.nn.Module) -> torch.nn.Module:
-    """The last layer of an EDM network's encoder.
-
-    Raises:
-        ValueError: another kind of network, for which the layer has to be named.
-    """
-    encoder = getattr(getattr(net, "model", None), "enc", None)
-    if not encoder:
-        raise ValueError(f"{type(net).__name__} has no encoder that is known here; name the layer that makes features")
-    return list(encoder.values())[-1]
-
-
 class DensityRatio(torch.nn.Module):
     """The head, and how it reads the student score's features. Its parameters are the head's alone.
 
@@ -38,8 +26,8 @@ class DensityRatio(torch.nn.Module):
         student: the student score, called `(x, sigma, labels) -> denoised`.
         x: one sample `[1, ...]`, by which the width of the features is found.
         labels: its labels `[1, label_dim]`.
-        layer: module within `student` whose output, `[N, F]` or `[N, C, H, W]`, are the features; None is the last of
-            an EDM network's encoder.
+        layer: module within `student` whose output, `[N, F]` or `[N, C, H, W]`, are the features, such as
+            `denoisers.encoder_layer(student)`.
         width: channels of the head.
         spectral_norm: bound the head's layers to a Lipschitz constant of one (arXiv 1802.05957).
     """
@@ -49,12 +37,12 @@ class DensityRatio(torch.nn.Module):
         student: torch.nn.Module,
         x: torch.Tensor,
         labels: torch.Tensor,
-        layer: torch.nn.Module | None = None,
+        layer: torch.nn.Module,
         width: int = 128,
         spectral_norm: bool = False,
     ):
         super().__init__()
-        self._student = (student, layer or encoder_layer(student))  # in a tuple, so as not to own its parameters
+        self._student = (student, layer)  # in a tuple, so as not to own its parameters
         with torch.no_grad():
             features = self.features(x, torch.ones(len(x), device=x.device), labels)
         kernel, padding = (3, 1) if features.ndim == 4 else (1, 0)

@@ -2,7 +2,7 @@
 
 One step draws latents, passes them through the generator once, and uses the samples twice: denoising score matching for
 the student score (OpenReview of arXiv 2305.18455, algorithm 1, line 5), and the objective's gradient for the generator
-(line 8).
+(line 8). `Trainer._passes` has all of it, from top to bottom.
 
     trainer = Trainer(generator, teacher, TrainerConfig(batch=64))
     while trainer.nimg < 100_000:
@@ -15,31 +15,50 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from di_refine import objectives, ratio
-from di_refine import training_tools as tools
+from di_refine import denoisers, noise, ratio
+from di_refine.config import TrainerConfig
 from di_refine.critic import R1_INTERVAL, Critic
+from di_refine.edm.augment import AugmentPipe
 from di_refine.edm.loss import edm_weight
-from di_refine.errors import RunError
-from di_refine.noise import expand_as
-from di_refine.trainer_config import TrainerConfig
+from di_refine.generators import Generator
+from di_refine.noise import Law, expand_as
 from torch_utils import distributed, misc
+from torch_utils.training import Average, FiniteWatch, adam, seeded
 
-__all__ = ["Trainer", "TrainerConfig"]
+__all__ = ["Reference", "Trainer", "TrainerConfig"]
 
-_WATCHED = ("score", "generator", "critic")
+SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""The noise levels between the bins that statistics are given for."""
+
+BETA2 = 0.999  # arXiv 2305.18455, appendix
+
+STUDENT, GENERATOR, CRITIC = "student", "generator", "critic"
+_NAMES = {STUDENT: "student score", GENERATOR: "generator", CRITIC: "critic"}  # for messages
+_REPORTED = {STUDENT: "score", GENERATOR: "generator", CRITIC: "critic"}  # in what `step` returns
+
+
+Reference = Callable[[int], Iterator[tuple[torch.Tensor, torch.Tensor]]]
+"""A stream of teacher-side samples, which the density ratio and the critic need.
+
+Called as `reference(start_nimg)`, it returns an iterator, from that position of the stream on, of images in [-1, 1],
+`[share, ...]` of the generator's or the teacher's size, and labels `[share, label_dim]`; share is this process's part
+of the batch. It may have an attribute `class_frequencies`, `[label_dim]`; without one, classes are as frequent as in
+the generator's labels.
+"""
 
 
 @dataclass
 class _Draws:
     """The random numbers of one batch, and the teacher-side samples that belong to it.
 
-    Drawn for the whole batch and then cut, so that they do not depend on batch_gpu; the normals at their first use,
-    when their shape is known.
+    They are drawn for the whole batch and then cut, so that they do not depend on batch_gpu; the normals are drawn at
+    their first use, when their shape is known.
     """
 
     turn: int
@@ -53,16 +72,11 @@ class _Draws:
 
     def of_reference(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """The reference images and labels that go with a part of the batch."""
-        return tuple(t[part.start - self.first : part.stop - self.first] for t in self.reference)
-
-
-@dataclass
-class _Scored:
-    """What training the student score on a part of a batch leaves for the generator's update."""
-
-    dp: torch.Tensor
-    log_ratio: torch.Tensor | None
-    random_state: torch.Tensor | None
+        if self.reference is None:
+            raise ValueError("there is no reference")
+        images, labels = self.reference
+        mine = slice(part.start - self.first, part.stop - self.first)
+        return images[mine], labels[mine]
 
 
 class Trainer:
@@ -72,21 +86,18 @@ class Trainer:
     takes every step on its share of the batch; all but the draws inside the networks is the same as with one.
 
     Args:
-        generator: a module `(z [N, *latent_shape], labels [N, label_dim]) -> images [N, ...]` with the attributes
-            `latent_shape` and `label_dim`. It is trained in place.
-        teacher: a module `(x, sigma [N], labels [N, label_dim]) -> denoised`. It is frozen.
-        config: settings.
-        student: the student score, called like the teacher; None is a copy of the teacher. Matched dropout needs the
-            teacher's architecture.
-        bridge: what makes the generator's images into the teacher's, see `di_refine.bridge`; None where they agree.
-        reference: teacher-side samples, which the density ratio and the critic need: `(start_nimg) -> iterator` of
-            images `[share, ...]` in [-1, 1] of the generator's or the teacher's size, and labels, as many as this
-            process's share of the batch. An attribute `class_frequencies` says how often its classes are, if not as the
-            generator's labels.
+        generator: a module that is a `di_refine.generators.Generator`. It is trained in place.
+        teacher: a module that is a `di_refine.denoisers.Denoiser`. It is frozen.
+        config: the settings.
+        student: the student score, called like the teacher; None is a copy of the teacher, or of the first of an
+            `Ensemble`. Matched dropout needs the teacher's architecture. With `augment` it has to take
+            `augment_labels`.
+        bridge: converts the generator's images to the teacher's, see `di_refine.bridge`; None where they agree.
+        reference: teacher-side samples, for a density ratio or a critic.
         ratio_layer: where in the student the ratio finds features, see `di_refine.ratio.DensityRatio`.
         critic: gives the adversarial loss; None leaves that to the density ratio.
-        augment: called like `di_refine.edm.augment.AugmentPipe`, `(images, generator=..., part=(start, total)) ->
-            (images, augment_labels)`, on what the student score trains on. The student has to take `augment_labels`.
+        sigma, score_sigma: laws of the noise levels of the objective and of the student score, in place of those that
+            the settings name. A `score_sigma` of None lets the same noised samples serve both.
 
     Raises:
         ValueError: settings, networks or the lack of a reference that do not fit together.
@@ -94,11 +105,13 @@ class Trainer:
 
     Attributes:
         generator, teacher, student: the three networks.
+        latent_shape, label_dim: of the generator.
         ratio: the density ratio, where one is learned.
-        ema: running average of the generator (the generator itself when `ema_nimg` is 0).
+        ema: running average of the generator (the generator itself when `ema_kimg` is 0).
         nimg: images seen, warm-up included.
+        optimizers: of 'student', 'generator' and, where there is one, 'critic'.
         by_sigma: of the last step, `score_loss_by_sigma` and `score_gap_by_sigma`: the means of `step()` in bins of the
-            noise level, `[6]` with the edges `training_tools.SIGMA_EDGES`, NaN where no level fell.
+            noise level, `[6]` with the edges `SIGMA_EDGES`, NaN where no level fell.
     """
 
     def __init__(
@@ -108,68 +121,78 @@ class Trainer:
         config: TrainerConfig,
         student: torch.nn.Module | None = None,
         bridge: torch.nn.Module | None = None,
-        reference: Callable[[int], Iterator[tuple[torch.Tensor, torch.Tensor]]] | None = None,
+        reference: Reference | None = None,
         ratio_layer: torch.nn.Module | None = None,
         critic: Critic | None = None,
-        augment: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
+        sigma: Law | None = None,
+        score_sigma: Law | None = None,
     ):
         self.config = config
+        if isinstance(config.batch_gpu, str):
+            raise ValueError(f"batch_gpu={config.batch_gpu} has to be chosen before the trainer is made; give a number")
         self.share = distributed.share(config.batch)
         self.micro_batch = distributed.micro_batch(config.batch, config.batch_gpu)
-        self.objective = objectives.get(
-            config.objective, config.weight, config.normalize, config.detach_ratio, config.alpha
-        )
+        self.objective = config.divergence()
         learns_ratio = self.objective.needs_ratio or (config.adversarial_weight > 0 and critic is None)
         if reference is None and learns_ratio:
-            what = "adversarial_weight" if not self.objective.needs_ratio else f"objective {config.objective!r}"
+            what = "adversarial_weight" if not self.objective.needs_ratio else f"objective={config.objective}"
             raise ValueError(f"{what} needs a density ratio, which is learned from a reference: samples of the teacher")
         if reference is None and critic is not None:
             raise ValueError("a critic needs a reference: real images")
-        if config.class_probs is not None and len(config.class_probs) != generator.label_dim:
+        made = cast(Generator, generator)
+        self.latent_shape, self.label_dim = made.latent_shape, made.label_dim
+        if config.class_probs is not None and len(config.class_probs) != self.label_dim:
             raise ValueError(
-                f"class_probs has {len(config.class_probs)} entries and the generator {generator.label_dim} classes"
+                f"class_probs has {len(config.class_probs)} entries and the generator {self.label_dim} classes"
             )
+        if sigma is None:
+            model = cast(denoisers.Denoiser, teacher)
+            sigma, score_sigma = noise.laws(config, model.sigma_min, model.sigma_max)
+        self._sigma, self._score_sigma = sigma, score_sigma
         self.device = next(generator.parameters()).device
         self.generator = generator.train().requires_grad_(True)
         self.teacher = teacher.to(self.device).requires_grad_(False)
-        student = copy.deepcopy(teacher) if student is None else student
+        if student is None:
+            student = copy.deepcopy(teacher.teachers[0] if isinstance(teacher, denoisers.Ensemble) else teacher)
         self.student = student.to(self.device).requires_grad_(True)
         # Dropout is active in train mode; the normalisations of the networks are the same in both modes.
         for net in (self.teacher, self.student):
             net.train(config.dropout == "matched")
         if config.checkpoint_score:
-            tools.recompute_blocks(self.student)
-        self.ema = copy.deepcopy(generator).eval().requires_grad_(False) if config.ema_nimg > 0 else generator
+            denoisers.recompute_blocks(self.student)
+        self._average = Average(generator) if config.ema_kimg > 0 else None
+        self.ema: Any = generator if self._average is None else self._average.module
         self.bridge = torch.nn.Identity() if bridge is None else bridge.to(self.device)
-        self.critic, self._augment = critic, augment
-        self._reference, self._reference_stream = reference, None
+        self.critic = critic
+        self._augment = AugmentPipe.edm(config.augment) if config.augment else None
+        self._sigma_data = denoisers.sigma_data(teacher)
+        self._reference = reference
+        self._reference_stream: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.nimg = 0
-        probs = torch.ones(generator.label_dim) if config.class_probs is None else torch.tensor(config.class_probs)
+        probs = torch.ones(self.label_dim) if config.class_probs is None else torch.tensor(config.class_probs)
         self._class_probs = probs.to(self.device, torch.float32)
         self.ratio = self._make_ratio(ratio_layer) if learns_ratio else None
         self._log_prior = self._make_log_prior() if learns_ratio else None
 
-        fused = self.device.type in ("cuda", "cpu")
-        adam = {"betas": config.betas, "eps": 1e-8, "fused": fused}
-        self._generator_params = list(generator.parameters())
-        self._student_params = list(self.student.parameters())
-        self._ratio_params = list(self.ratio.parameters()) if self.ratio is not None else []
-        self._critic_params = list(critic.net.parameters()) if critic is not None else []
-        self.generator_optimizer = torch.optim.Adam(self._generator_params, lr=config.lr, **adam)
-        self.student_optimizer = torch.optim.Adam(self._student_params, lr=config.score_lr, **adam)
+        # What the generator's loss flows through without leaving gradients there.
+        self._others = [*self.student.parameters()]
+        self.optimizers = {
+            STUDENT: adam(self.student.parameters(), config.score_lr, (config.beta1, BETA2)),
+            GENERATOR: adam(generator.parameters(), config.lr, (config.beta1, BETA2)),
+        }
         if self.ratio is not None:
-            self.student_optimizer.add_param_group({"params": self._ratio_params, "lr": config.ratio_lr})
+            group = {"params": list(self.ratio.parameters()), "lr": self._ratio_lr}
+            self.optimizers[STUDENT].add_param_group(group)
+            self._others += self.ratio.parameters()
         if critic is not None:
-            self.critic_optimizer = torch.optim.Adam(self._critic_params, lr=config.lr, **adam)
+            self.optimizers[CRITIC] = adam(critic.net.parameters(), config.lr, (config.beta1, BETA2))
+            self._others += critic.net.parameters()
         # A scaler does nothing unless it is enabled; each optimizer has its own, as their gradients differ in size.
-        names = ("student", "generator", "critic")
         half = "fp16" in {config.precision_of(name) for name in ("generator", "score", "teacher")}
-        self._scalers = {name: torch.amp.GradScaler(self.device.type, enabled=half) for name in names}
-        self._ema_pairs = tools.pairs(self.ema.parameters(), self.generator.parameters())
-        self._ema_buffers = tools.pairs(self.ema.buffers(), self.generator.buffers())
-        # Step (in images) at which each network first went wrong, -1 for never; on the device, so that watching costs
-        # no synchronisation.
-        self._bad = torch.full([3], -1, dtype=torch.int64, device=self.device)
+        self._scalers = {
+            name: torch.amp.GradScaler(self.device.type, enabled=half) for name in (STUDENT, GENERATOR, CRITIC)
+        }
+        self._finite = FiniteWatch(list(_NAMES.values()), self.device)
         self._agreed = False
         self.by_sigma: dict[str, torch.Tensor] = {}
 
@@ -187,144 +210,143 @@ class Trainer:
             update of the generator has `ema_distance`, from the average to the weights, relative to the weights.
         """
         cfg = self.config
-        if not self._agreed:
-            distributed.check_equal("settings", asdict(cfg))
-            distributed.check_equal("networks", {**self.state_dict(), "teacher": self.teacher})
-            distributed.check_equal("class frequencies", [self._class_probs, self._log_prior])
-            self._agreed = True
-        moves, rank = self.nimg >= cfg.score_warmup, distributed.rank()
+        self._agree()
+        moves, rank = self.nimg >= cfg.warmup_nimg, distributed.rank()
         totals: dict[str, torch.Tensor] = {}
         for turn in reversed(range(cfg.score_steps)):  # turn 0, the last, serves the generator as well
-            totals, samples = {}, {}
-            draws = self._draws(turn)
-            with self._seeded(*([turn] if turn else []), *(["rank", rank] if rank else [])):
-                for start in range(self.share.start, self.share.stop, self.micro_batch):
-                    part = slice(start, start + self.micro_batch)
-                    for name, value in self._accumulate(draws, part, moves and turn == 0).items():
-                        if name.endswith("_by_sigma"):
-                            samples.setdefault(name, []).append(value)
-                        else:
-                            totals[name] = totals.get(name, 0) + value * self._fraction
-            bins = {name: tools.by_sigma(*map(torch.cat, zip(*pairs))) for name, pairs in samples.items()}
-            distributed.average([*totals.values(), *bins.values()])
-            self.by_sigma = {name: sums / counts for name, (sums, counts) in bins.items()}
+            draws = self._draw(turn)
+            purpose: list[int | str] = ["networks"]
+            purpose += [turn] if turn else []
+            purpose += ["rank", rank] if rank else []
+            with seeded(self.device, cfg.seed, self.nimg, *purpose):
+                parts = [
+                    self._passes(draws, slice(start, start + self.micro_batch), moves and turn == 0)
+                    for start in range(self.share.start, self.share.stop, self.micro_batch)
+                ]
+            totals = self._summed(parts)
             if self.objective.needs_student:
-                totals |= self._update("student", "score", totals["score_loss"] + totals.get("ratio_loss", 0))
+                totals |= self._update(STUDENT, totals["score_loss"] + totals.get("ratio_loss", 0))
         if moves:
-            totals |= self._update("generator", "generator", totals["generator_loss"])
+            totals |= self._update(GENERATOR, totals["generator_loss"])
             if self.critic is not None:
-                totals |= self._update("critic", "critic", totals["critic_loss"])
+                totals |= self._update(CRITIC, totals["critic_loss"])
         distributed.average_buffers(self.generator)  # such as StyleGAN2's mean w, which has seen this share alone
-        if moves and self.ema is not self.generator:
-            self._average()
+        if moves and self._average is not None:
+            self._average.update(cfg.batch, cfg.ema_kimg * 1000)
             if self.nimg // cfg.batch % 16 == 0:
-                totals["ema_distance"] = tools.relative_distance(*self._ema_pairs)
+                totals["ema_distance"] = self._average.distance()
         self.nimg += cfg.batch
         return totals
 
-    def draw(self, n: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents `[n, *latent_shape]` and one-hot labels `[n, label_dim]`."""
-        z = torch.randn([n, *self.generator.latent_shape], generator=rng, device=self.device)
-        classes = self.generator.label_dim
-        labels = torch.zeros([n, classes], device=self.device)
-        if classes:
-            index = torch.multinomial(self._class_probs, n, replacement=True, generator=rng)
-            labels.scatter_(1, index[:, None], 1)
-        return z, labels
+    def _passes(self, draws: _Draws, part: slice, moves: bool) -> dict[str, Any]:
+        """All passes through networks of one update, on a part of the batch. They leave gradients.
 
-    def check_finite(self, last_good: str = "none yet") -> None:
-        """Raise if any step so far had a non-finite loss or gradient (costs one synchronisation).
+        Args:
+            draws: the random numbers.
+            part: of the batch.
+            moves: whether the generator is updated, and the critic.
 
-        Nothing is repaired on the way: from such a step on the networks may hold non-finite weights.
-
-        Raises:
-            RunError: naming the network, the images seen, and `last_good`, the snapshot to go back to.
+        Returns:
+            Scalars of the part by name; under names that end in `_by_sigma`, noise levels `[N]` and values `[N]`.
         """
-        for name, nimg in zip(_WATCHED, self._bad.tolist()):
-            name = "student score" if name == "score" else name
-            if nimg >= 0:
-                raise RunError(
-                    f"the {name}'s loss or gradient is not finite at {nimg / 1000:.3f} kimg "
-                    f"(step {nimg // self.config.batch}); last good snapshot: {last_good}. Lower the learning rates, "
-                    "or use --precision=fp32."
-                )
+        cfg, objective = self.config, self.objective
+        labels = draws.labels[part]
+        stats: dict[str, Any] = {}
 
-    def state_dict(self) -> dict:
-        """Everything stateful, as tensors and plain values that `torch.load(weights_only=True)` reads."""
-        state = {name: part.state_dict() for name, part in self._stateful().items()}
-        scalers = {name: scaler.state_dict() for name, scaler in self._scalers.items()}
-        return {**state, "scalers": scalers, "nimg": self.nimg}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict()` of the same networks; learning rates are those of this trainer's settings."""
-        for name, part in self._stateful().items():
-            part.load_state_dict(state[name])
-        # The optimizers' states bring the rates they were saved with; the settings of this trainer count.
-        cfg = self.config
-        for group, lr in zip(self.student_optimizer.param_groups, (cfg.score_lr, cfg.ratio_lr)):
-            group["lr"] = lr
-        self.generator_optimizer.param_groups[0]["lr"] = cfg.lr
-        if self.critic is not None:
-            self.critic_optimizer.param_groups[0]["lr"] = cfg.lr
-        for name, scaler in self._scalers.items():
-            if state["scalers"][name]:  # empty where float16 was not used
-                scaler.load_state_dict(state["scalers"][name])
-        self.nimg = state["nimg"]
-        self._reference_stream, self._agreed = None, False
-        self._bad.fill_(-1)
-
-    # ------------------------------------------------------------------------------------------------------------------
-
-    def _accumulate(self, draws: _Draws, part: slice, moves: bool) -> dict[str, torch.Tensor]:
-        """Add the gradients of a part of the batch; the generator's only if it `moves`."""
+        # The generator makes samples, which serve every network below.
         with self._autocast("generator"), torch.set_grad_enabled(moves):
-            images = self.generator(draws.z[part], draws.labels[part]).float()
+            images = self.generator(draws.z[part], labels).float()
             x0 = self.bridge(images)
-        stats, scored = {}, None
-        if self.objective.needs_student:
-            stats, scored = self._train_score(x0.detach(), draws, part)
-        if moves:
-            if self.critic is not None:
-                stats["critic_loss"] = self._train_critic(images.detach(), draws, part)
-            stats |= self._pull_generator(images, x0, draws, part, scored)
-        return stats
 
-    def _train_score(self, sample: torch.Tensor, draws: _Draws, part: slice) -> tuple[dict, _Scored]:
-        """Denoising score matching on generator samples, and telling them from the teacher's."""
-        cfg = self.config
-        labels, sigma = draws.labels[part], draws.score_sigma[part]
-        s = expand_as(sigma, sample)
-        augmented, kwargs = self._augmented(sample, "score", draws, part)
-        x_s = augmented + s * draws.normals("score", sample.shape[1:])[part]
-        random_state = self._rng_state()
-        dp, features = self._student(x_s, sigma, labels, **kwargs)
-        weight = expand_as(edm_weight(sigma, cfg.sigma_data), sample)
-        squares = weight * (dp - augmented) ** 2
-        loss = squares.mean()
-        stats = {"score_loss": loss.detach(), "score_loss_by_sigma": (sigma, tools.per_sample(squares))}
-        known = None
-        if self.ratio is not None:
-            logits = self.ratio(features)
-            known = self._log_ratio(logits.detach())
-            ratio_loss = self._ratio_loss(logits, sample.shape, draws, part)
-            stats["ratio_loss"] = ratio_loss.detach()
-            loss = loss + cfg.ratio_weight * ratio_loss
-        self._backward("student", loss)
-        return stats, _Scored(dp.detach(), known, random_state)
+        # The student score learns to denoise them, and its encoder to tell them from the teacher's.
+        random_state = dp = log_ratio = None
+        if objective.needs_student:
+            sigma = draws.score_sigma[part]
+            sample, told = self._augmented(x0.detach(), "score", draws, part)
+            x_s = sample + expand_as(sigma, x0) * draws.normals("score", x0.shape[1:])[part]
+            random_state = self._rng_state()
+            dp, logits = self._score(x_s, sigma, labels, **told)
+            squares = expand_as(edm_weight(sigma, self._sigma_data), x0) * (dp - sample) ** 2
+            loss = squares.mean()
+            stats |= {"score_loss": loss.detach(), "score_loss_by_sigma": (sigma, _per_sample(squares))}
+            if logits is not None:
+                ratio_loss = self._ratio_loss(logits, x0.shape, draws, part)
+                stats["ratio_loss"] = ratio_loss.detach()
+                loss = loss + cfg.ratio_weight * ratio_loss
+            self._backward(STUDENT, loss)
+            dp, log_ratio = dp.detach(), self._log_ratio(logits)
+        if not moves:
+            return stats
+
+        # The critic learns to tell the samples from real images.
+        if self.critic is not None:
+            real, real_labels = draws.of_reference(part)
+            penalty = self.nimg // cfg.batch % R1_INTERVAL == 0
+            loss = self.critic.loss(real, real_labels, images.detach(), labels, penalty)
+            stats["critic_loss"] = loss.detach()
+            self._backward(CRITIC, loss)
+
+        # Teacher and student score denoise the samples. The noised samples that the student was trained on serve here,
+        # too: the gradient needs its output at *some* noised samples, and that output is at hand, from before the
+        # student is updated. It saves a third of the student's passes.
+        same_noise = self._score_sigma is None and self._augment is None
+        sigma = draws.sigma[part]
+        added = expand_as(sigma, x0) * draws.normals("score" if same_noise else "generator", x0.shape[1:])[part]
+        x_s = (x0.detach() if objective.detached else x0) + added
+        if random_state is None or not same_noise:
+            random_state = self._rng_state()
+        with _frozen(self._others):
+            with torch.set_grad_enabled(not objective.detached):
+                with self._replayed(random_state), self._autocast("teacher"):
+                    dq = self.teacher(x_s, sigma, labels).float()
+                if objective.needs_student and not (same_noise and objective.detached):
+                    with self._replayed(random_state):
+                        dp, logits = self._score(x_s, sigma, labels)
+                    log_ratio = self._log_ratio(logits, detach=False)
+
+            # The generator follows the objective, and the adversarial loss where there is one.
+            loss = objective.loss(x0, sigma, dq, dp, log_ratio).mean()
+            stats["generator_loss"] = loss.detach()
+            if cfg.adversarial_weight > 0:
+                adversarial = self._adversarial_loss(images, x0 + added, sigma, labels)
+                stats["adversarial_loss"] = adversarial.detach()
+                loss = loss + cfg.adversarial_weight * adversarial
+            self._backward(GENERATOR, loss)
+        gap = ((x0 if dp is None else dp).detach() - dq.detach()).abs()
+        return {**stats, "score_gap": gap.mean(), "score_gap_by_sigma": (sigma, _per_sample(gap))}
+
+    def _score(
+        self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The student's denoised samples, float32, and the logits `[N]` of the density ratio, where one is learned."""
+        if self.ratio is None:
+            with self._autocast("score"):
+                return self.student(x, sigma, labels, **kwargs).float(), None
+        with self.ratio.watching() as features, self._autocast("score"):
+            dp = self.student(x, sigma, labels, **kwargs).float()
+        return dp, self.ratio(features[-1])
+
+    def _log_ratio(self, logits: torch.Tensor | None, detach: bool = True) -> torch.Tensor | None:
+        """The log ratio that objectives may take the exponential of."""
+        if logits is None:
+            return None
+        return (logits.detach() if detach else logits).clamp(-self.config.ratio_clamp, self.config.ratio_clamp)
 
     def _ratio_loss(self, logits: torch.Tensor, shape: torch.Size, draws: _Draws, part: slice) -> torch.Tensor:
         """Logistic loss of the generator's logits and of teacher-side samples at the same noise levels."""
         cfg, sigma = self.config, draws.score_sigma[part]
+        if self.ratio is None or self._log_prior is None:
+            raise ValueError("no density ratio is learned")
         images, labels = draws.of_reference(part)
         if images.shape[1:] != shape[1:]:
             images = self.bridge(images)
-        images, kwargs = self._augmented(images, "reference", draws, part)
+        images, told = self._augmented(images, "reference", draws, part)
         x_s = images + expand_as(sigma, images) * draws.normals("reference", shape[1:])[part]
         x_s = x_s.detach().requires_grad_(cfg.ratio_r1 > 0)
         # The fused attention kernels have no second derivative, which R1 is made of.
         plain = sdpa_kernel(SDPBackend.MATH) if cfg.ratio_r1 > 0 else contextlib.nullcontext()
         with self._autocast("score"), plain:
-            features = self.ratio.features(x_s, sigma, labels, **kwargs)
+            features = self.ratio.features(x_s, sigma, labels, **told)
         teacher_logits = self.ratio(features)
         # The head learns the ratio within a class. Where the reference has other class frequencies than the generator,
         # the classifier's logit is that plus the log ratio of the frequencies.
@@ -335,72 +357,17 @@ class Trainer:
             loss = loss + cfg.ratio_r1 / 2 * gradient.flatten(1).square().sum(dim=1).mean()
         return loss
 
-    def _train_critic(self, fake: torch.Tensor, draws: _Draws, part: slice) -> torch.Tensor:
-        real, labels = draws.of_reference(part)
-        penalty = self.nimg // self.config.batch % R1_INTERVAL == 0
-        loss = self.critic.loss(real, labels, fake, draws.labels[part], penalty)
-        self._backward("critic", loss)
-        return loss.detach()
-
-    def _pull_generator(
-        self, images: torch.Tensor, x0: torch.Tensor, draws: _Draws, part: slice, scored: _Scored | None
-    ) -> dict[str, torch.Tensor]:
-        """The objective's gradient, and the adversarial one."""
-        cfg, objective = self.config, self.objective
-        labels, sigma = draws.labels[part], draws.sigma[part]
-        # The score's noised samples serve the generator too: its gradient needs the student's output at *some* noised
-        # samples, and this output is at hand before the student is updated. That saves a third of the student's passes.
-        same_noise = cfg.score_sigma is None and self._augment is None
-        noise = expand_as(sigma, x0) * draws.normals("score" if same_noise else "generator", x0.shape[1:])[part]
-        x_s = (x0.detach() if objective.detached else x0) + noise
-        random_state = scored.random_state if scored is not None and same_noise else self._rng_state()
-        found: dict[str, Any] = {}
-
-        def student(x, sigma):
-            if same_noise and objective.detached:
-                found["dp"], found["log_ratio"] = scored.dp, scored.log_ratio
-            else:
-                with self._replayed(random_state):
-                    found["dp"], features = self._student(x, sigma, labels)
-                if self.ratio is not None:
-                    found["log_ratio"] = self._log_ratio(self.ratio(features))
-            return found["dp"]
-
-        def teacher(x, sigma):
-            with self._replayed(random_state), self._autocast("teacher"):
-                found["dq"] = self.teacher(x, sigma, labels).float()
-            return found["dq"]
-
-        def log_ratio(x, sigma):  # asked for at the same samples as the student, whose features it is made from
-            return found["log_ratio"]
-
-        others = [*self._student_params, *self._ratio_params, *self._critic_params]
-        with tools.frozen(others):
-            loss = objective(x0, x_s, sigma, teacher, student, log_ratio).mean()
-            stats = {"generator_loss": loss.detach()}
-            if cfg.adversarial_weight > 0:
-                if self.critic is not None:
-                    adversarial = self.critic.generator_loss(images, labels)
-                else:
-                    with self._autocast("score"):
-                        features = self.ratio.features(x0 + noise, sigma, labels)
-                    adversarial = torch.nn.functional.softplus(-self.ratio(features)).mean()
-                stats["adversarial_loss"] = adversarial.detach()
-                loss = loss + cfg.adversarial_weight * adversarial
-            self._backward("generator", loss)
-        gap = (found.get("dp", x0).detach() - found["dq"].detach()).abs()
-        return {**stats, "score_gap": gap.mean(), "score_gap_by_sigma": (sigma, tools.per_sample(gap))}
-
-    def _student(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor, **kwargs):
-        """The student's denoised samples, float32, and the features the ratio is made from (or None)."""
-        watching = contextlib.nullcontext([None]) if self.ratio is None else self.ratio.watching()
-        with watching as features, self._autocast("score"):
-            dp = self.student(x, sigma, labels, **kwargs).float()
-        return dp, features[-1]
-
-    def _log_ratio(self, logits: torch.Tensor) -> torch.Tensor:
-        """What objectives may take the exponential of."""
-        return logits.clamp(-self.config.ratio_clamp, self.config.ratio_clamp)
+    def _adversarial_loss(
+        self, images: torch.Tensor, x_s: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """The critic's mean loss on images; without a critic, that of the density ratio on noised samples."""
+        if self.critic is not None:
+            return self.critic.generator_loss(images, labels)
+        if self.ratio is None:
+            raise ValueError("an adversarial loss needs a critic or a density ratio")
+        with self._autocast("score"):
+            features = self.ratio.features(x_s, sigma, labels)
+        return F.softplus(-self.ratio(features)).mean()
 
     def _augmented(
         self, images: torch.Tensor, purpose: str, draws: _Draws, part: slice
@@ -413,17 +380,26 @@ class Trainer:
         images, labels = self._augment(images, generator=rng, part=(part.start, self.config.batch))
         return images, {"augment_labels": labels}
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # Drawing ----------------------------------------------------------------------------------------------------------
 
-    def _draws(self, turn: int) -> _Draws:
+    def draw(self, n: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents `[n, *latent_shape]` and one-hot labels `[n, label_dim]`."""
+        z = torch.randn([n, *self.latent_shape], generator=rng, device=self.device)
+        labels = torch.zeros([n, self.label_dim], device=self.device)
+        if self.label_dim:
+            index = torch.multinomial(self._class_probs, n, replacement=True, generator=rng)
+            labels.scatter_(1, index[:, None], 1)
+        return z, labels
+
+    def _draw(self, turn: int) -> _Draws:
         """The random numbers of this step's turn; turn 0 is the one that the generator shares."""
         cfg = self.config
         seed = (cfg.seed, self.nimg) if turn == 0 else (cfg.seed, self.nimg, "score", turn)
         rng = torch.Generator(self.device).manual_seed(misc.derive_seed(*seed))
         z, labels = self.draw(cfg.batch, rng)
-        score_sigma = sigma = (cfg.score_sigma or cfg.sigma)(cfg.batch, rng)
-        if cfg.score_sigma is not None:
-            sigma = cfg.sigma(cfg.batch, rng)
+        score_sigma = sigma = (self._score_sigma or self._sigma)(cfg.batch, rng)
+        if self._score_sigma is not None:
+            sigma = self._sigma(cfg.batch, rng)
         reference = None
         if self._reference is not None:
             if self._reference_stream is None:
@@ -438,9 +414,10 @@ class Trainer:
 
     def _make_ratio(self, layer: torch.nn.Module | None) -> ratio.DensityRatio:
         cfg = self.config
-        with self._seeded("ratio"), torch.no_grad():
+        with seeded(self.device, cfg.seed, self.nimg, "networks", "ratio"), torch.no_grad():
             z, labels = self.draw(1, torch.Generator(self.device).manual_seed(0))
             x = self.bridge(self.ema(z, labels).float())
+            layer = denoisers.encoder_layer(self.student) if layer is None else layer
             return ratio.DensityRatio(self.student, x, labels, layer, spectral_norm=cfg.ratio_spectral_norm)
 
     def _make_log_prior(self) -> torch.Tensor:
@@ -449,77 +426,18 @@ class Trainer:
         if frequencies is None or not len(self._class_probs):
             return torch.zeros_like(self._class_probs)
         reference = torch.as_tensor(frequencies, dtype=torch.float32, device=self.device)
-        ratio = (reference / reference.sum()) / (self._class_probs / self._class_probs.sum())
+        quotient = (reference / reference.sum()) / (self._class_probs / self._class_probs.sum())
         # A class that one side never has teaches nothing about the others, and its infinite logarithm would spoil them.
-        return torch.where((reference > 0) & (self._class_probs > 0), ratio, 1).log()
+        return torch.where((reference > 0) & (self._class_probs > 0), quotient, 1).log()
 
-    def _stateful(self) -> dict[str, Any]:
-        names = ["generator", "ema", "student", "generator_optimizer", "student_optimizer"]
-        parts = {name: getattr(self, name) for name in names}
-        if self.ratio is not None:
-            parts["ratio"] = self.ratio
-        if self.critic is not None:
-            parts |= {"critic": self.critic.net, "critic_optimizer": self.critic_optimizer}
-        return parts
-
-    @property
-    def _fraction(self) -> float:
-        """How much of this process's share one pass is."""
-        return self.micro_batch / (self.share.stop - self.share.start)
-
-    def _backward(self, network: str, loss: torch.Tensor) -> None:
-        self._scalers[network].scale(loss * self._fraction).backward()
-
-    def _update(self, network: str, title: str, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Let a network's optimizer take the gradients that have accumulated; `loss` is watched with their norm."""
-        optimizer, scaler = getattr(self, f"{network}_optimizer"), self._scalers[network]
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        distributed.average_gradients(params)
-        scaler.unscale_(optimizer)
-        grads = [p.grad for p in params if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads).detach()
-        stats = {f"{title}_grad_norm": norm}
-        if self.config.max_grad_norm is not None:
-            excess = norm / self.config.max_grad_norm
-            torch._foreach_div_(grads, excess.clamp(min=1))
-            stats[f"{title}_clipped"] = (excess > 1).float()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        # A scaler meets infinite gradients in search of its scale, and leaves such steps out.
-        self._watch(_WATCHED.index(title), loss if scaler.is_enabled() else loss + norm)
-        return stats
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        averages, current = self._ema_pairs
-        torch._foreach_lerp_(averages, current, 1 - 0.5 ** (self.config.batch / self.config.ema_nimg))
-        for average, value in zip(*self._ema_buffers):
-            average.copy_(value)
-
-    def _watch(self, network: int, value: torch.Tensor) -> None:
-        now = torch.where(torch.isfinite(value), -1, self.nimg)
-        self._bad[network] = torch.where(self._bad[network] >= 0, self._bad[network], now)
-
-    def _autocast(self, network: str):
-        precision = self.config.precision_of(network)
-        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=precision != "fp32")
-
-    @contextlib.contextmanager
-    def _seeded(self, *purpose: int | str):
-        """Random draws inside the networks (noise inputs, dropout) depend on seed, images seen and purpose alone."""
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(misc.derive_seed(self.config.seed, self.nimg, "networks", *purpose))
-            yield
-
-    def _rng_state(self):
+    def _rng_state(self) -> torch.Tensor | None:
+        """The random state that dropout draws from, where teacher and student score are to draw the same."""
         if self.config.dropout == "off":
             return None
         return torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
 
     @contextlib.contextmanager
-    def _replayed(self, state):
+    def _replayed(self, state: torch.Tensor | None) -> Iterator[None]:
         """Run with the random state of the student's pass, so that both networks drop the same units."""
         if state is None:
             yield
@@ -530,3 +448,131 @@ class Trainer:
             else:
                 torch.set_rng_state(state)
             yield
+
+    # Updating ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _ratio_lr(self) -> float:
+        return self.config.ratio_lr or max(self.config.score_lr, 1e-4)
+
+    @property
+    def _fraction(self) -> float:
+        """How much of this process's share one pass is."""
+        return self.micro_batch / (self.share.stop - self.share.start)
+
+    def _backward(self, network: str, loss: torch.Tensor) -> None:
+        self._scalers[network].scale(loss * self._fraction).backward()
+
+    def _summed(self, parts: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """What `_passes` returned, as means over the whole batch; sets `by_sigma`."""
+        names = list(parts[0])
+        totals = {
+            name: sum(part[name] * self._fraction for part in parts) for name in names if not name.endswith("_by_sigma")
+        }
+        bins = {
+            name: _by_sigma(*map(torch.cat, zip(*(part[name] for part in parts))))
+            for name in names
+            if name.endswith("_by_sigma")
+        }
+        distributed.average([*totals.values(), *bins.values()])
+        self.by_sigma = {name: sums / counts for name, (sums, counts) in bins.items()}
+        return totals
+
+    def _update(self, network: str, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Let a network's optimizer take the gradients that have accumulated; `loss` is watched with their norm."""
+        optimizer, scaler = self.optimizers[network], self._scalers[network]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        distributed.average_gradients(params)
+        scaler.unscale_(optimizer)
+        grads = [p.grad for p in params if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads).detach()
+        stats = {f"{_REPORTED[network]}_grad_norm": norm}
+        if self.config.max_grad_norm is not None:
+            excess = norm / self.config.max_grad_norm
+            torch._foreach_div_(grads, excess.clamp(min=1))
+            stats[f"{_REPORTED[network]}_clipped"] = (excess > 1).float()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        # A scaler meets infinite gradients in search of its scale, and leaves such steps out.
+        self._finite.note(_NAMES[network], loss if scaler.is_enabled() else loss + norm, self.nimg)
+        return stats
+
+    def _autocast(self, network: str) -> torch.autocast:
+        precision = self.config.precision_of(network)
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=precision != "fp32")
+
+    def _agree(self) -> None:
+        """Check, before the first step, that all processes have the same settings and networks."""
+        if self._agreed:
+            return
+        distributed.check_equal("settings", asdict(self.config))
+        distributed.check_equal("networks", {**self.state_dict(), "teacher": self.teacher})
+        distributed.check_equal("class frequencies", [self._class_probs, self._log_prior])
+        self._agreed = True
+
+    # State ------------------------------------------------------------------------------------------------------------
+
+    def check_finite(self, last_good: str = "none yet") -> None:
+        """Raise if any step so far had a non-finite loss or gradient (costs one synchronisation).
+
+        Raises:
+            NotFiniteError: naming the network, the images seen, and `last_good`, the snapshot to go back to.
+        """
+        self._finite.check(self.config.batch, last_good, "Lower the learning rates, or use `precision=fp32`.")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything stateful, as tensors and plain values that `torch.load(weights_only=True)` reads."""
+        state = {name: part.state_dict() for name, part in self._stateful().items()}
+        scalers = {name: scaler.state_dict() for name, scaler in self._scalers.items()}
+        return {**state, "scalers": scalers, "nimg": self.nimg}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()` of the same networks; learning rates are those of this trainer's settings."""
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+        # The optimizers' states bring the rates they were saved with; the settings of this trainer count.
+        rates = {STUDENT: [self.config.score_lr, self._ratio_lr], GENERATOR: [self.config.lr], CRITIC: [self.config.lr]}
+        for name, optimizer in self.optimizers.items():
+            for group, lr in zip(optimizer.param_groups, rates[name]):
+                group["lr"] = lr
+        for name, scaler in self._scalers.items():
+            if state["scalers"][name]:  # empty where float16 was not used
+                scaler.load_state_dict(state["scalers"][name])
+        self.nimg = state["nimg"]
+        self._reference_stream, self._agreed = None, False
+        self._finite.reset()
+
+    def _stateful(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {"generator": self.generator, "ema": self.ema, "student": self.student}
+        if self.ratio is not None:
+            parts["ratio"] = self.ratio
+        if self.critic is not None:
+            parts["critic"] = self.critic.net
+        return parts | {f"{name}_optimizer": optimizer for name, optimizer in self.optimizers.items()}
+
+
+@contextlib.contextmanager
+def _frozen(params: list[torch.nn.Parameter]) -> Iterator[None]:
+    """Keep the generator's loss from leaving gradients in networks that it flows through."""
+    for p in params:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in params:
+            p.requires_grad_(True)
+
+
+def _per_sample(values: torch.Tensor) -> torch.Tensor:
+    """Means `[N]` over all but the first dimension, without their graph."""
+    return values.detach().flatten(1).mean(dim=1)
+
+
+def _by_sigma(sigma: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Sums of `values` `[N]` by noise level, and how many there are, `[2, len(SIGMA_EDGES) + 1]`."""
+    edges = torch.tensor(SIGMA_EDGES, device=sigma.device)
+    bins = torch.arange(len(SIGMA_EDGES) + 1, device=sigma.device)
+    member = (torch.bucketize(sigma, edges)[:, None] == bins).to(values.dtype)
+    return torch.stack([values @ member, member.sum(dim=0)])

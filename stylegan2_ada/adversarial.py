@@ -11,16 +11,19 @@ Shapes: images [N, C, H, W] in -1..1; labels [N, c_dim] one-hot, of width 0 with
 [N, 1], positive for real.
 """
 
-import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 
-from torch_utils import distributed
+from stylegan2_ada.augment import AugmentPipe
+from stylegan2_ada.config import AdversarialConfig
+from stylegan2_ada.networks import Discriminator, Generator
+from torch_utils import distributed, misc
+from torch_utils.training import Average, FiniteWatch, seeded
 
 
 def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
@@ -115,54 +118,20 @@ class AdaController:
         self._images, self._batches = state["images"], state["batches"]
 
 
-@dataclass(frozen=True)
-class AdversarialConfig:
-    """Options of `AdversarialTrainer`; the defaults are those of ADA's configuration for CIFAR-10."""
+class Data(Protocol):
+    """A stream of real images, whose order is a function of the images seen.
 
-    batch_gpu: int | None = None
-    """Images that go through a network at once; gradients accumulate over the batch. None: the whole batch."""
-    g_lr: float = 0.0025
-    """Learning rate of the generator."""
-    d_lr: float = 0.0025
-    """Learning rate of the discriminator."""
-    betas: tuple[float, float] = (0.0, 0.99)
-    """Adam's decay rates."""
-    eps: float = 1e-8
-    """Adam's epsilon."""
-    r1_gamma: float = 0.01
-    """Weight of the R1 penalty, halved as in the paper; 0 switches it off."""
-    d_reg_interval: int | None = 16
-    """Steps between two R1 penalties. None: in every step, in one backward pass with the loss."""
-    pl_weight: float = 0.0
-    """Weight of the path-length penalty (StyleGAN2 uses 2); 0 switches it off."""
-    g_reg_interval: int | None = 4
-    """Steps between two path-length penalties. None: in every step, in one backward pass with the loss."""
-    pl_decay: float = 0.01
-    """Share of the newest path lengths in their running mean."""
-    pl_batch_shrink: int = 2
-    """The path-length penalty uses one in so many images of the batch."""
-    style_mixing_prob: float = 0.0
-    """Probability that an image takes its later layers' w from another latent (arXiv 1812.04948, section 3.1)."""
-    noise_mode: str = "random"
-    """Noise of the synthesis network while training: 'random', 'const' or 'none'."""
-    ema_kimg: float = 500.0
-    """Half-life of the averaged generator in thousands of images; 0 makes it a copy."""
-    ema_rampup: float | None = 0.05
-    """Limit of the half-life relative to the images seen so far, so that the start is forgotten. None: no limit."""
+    Called as `data(start_nimg)`, it returns an iterator of this process's share of each step's images, uint8
+    `[share, C, H, W]`, and labels `[share, c_dim]`.
 
-    def __post_init__(self):
-        for name in ("g_lr", "d_lr", "eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("r1_gamma", "pl_weight", "ema_kimg"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
-        for name in ("style_mixing_prob", "pl_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
-        for name in ("batch_gpu", "d_reg_interval", "g_reg_interval", "pl_batch_shrink"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+    Attributes:
+        class_frequencies: the share of each class, `[c_dim]`; None without labels.
+    """
+
+    @property
+    def class_frequencies(self) -> Any: ...
+
+    def __call__(self, start_nimg: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -174,6 +143,11 @@ class Phase:
     main: bool
     reg: bool
     interval: int = 1
+
+
+def _title(phase: Phase) -> str:
+    """A phase in messages."""
+    return f"{'generator' if phase.net == 'G' else 'discriminator'} in phase {phase.name}"
 
 
 def _phases(net: str, regularised: bool, interval: int | None) -> list[Phase]:
@@ -198,13 +172,13 @@ def _adam(net: torch.nn.Module, lr: float, config: AdversarialConfig, phases: li
 class AdversarialTrainer:
     """Trains a generator and a discriminator against each other, and averages the generator.
 
-    Nothing in `step` waits for the device. Randomness (noise, augmentation, style mixing, path directions) comes from
-    PyTorch's global generators, which the caller seeds.
+    Nothing in `step` waits for the device. Randomness inside the networks (noise, augmentation, style mixing, path
+    directions) comes from PyTorch's global generators, which `step` seeds, and who calls `update` instead seeds alone.
 
     With several processes (`torch_utils.distributed`), each makes one trainer of the same networks and settings and
     gives it its share of every batch. Gradients, losses, the heuristic of the augmentation and the running means are
     those of the whole batch, so that all processes keep the same state, and a run may go on with another number of
-    them. The caller's seed should depend on the rank, lest all shares get the same noise.
+    them. A seed for `update` should depend on the rank, or all shares get the same noise.
 
     Args:
         G: `G.mapping(z, c, skip_w_avg_update=...) -> ws`, `G.synthesis(ws, noise_mode=...) -> images`, such as
@@ -214,6 +188,7 @@ class AdversarialTrainer:
         ada: moves `augment_pipe.p`. None leaves it as it is.
         config: options.
         G_ema: averaged generator to go on with; a copy of G if None.
+        data: real images, which `step` takes; None leaves them to the caller of `update`.
 
     Attributes:
         G_ema: averaged generator, in eval mode.
@@ -225,36 +200,67 @@ class AdversarialTrainer:
 
     def __init__(
         self,
-        G: torch.nn.Module,
-        D: torch.nn.Module,
-        augment_pipe: torch.nn.Module | None = None,
+        G: Generator,
+        D: Discriminator,
+        augment_pipe: AugmentPipe | None = None,
         ada: AdaController | None = None,
         config: AdversarialConfig | None = None,
         G_ema: torch.nn.Module | None = None,
+        data: Data | None = None,
     ):
         if ada is not None and augment_pipe is None:
             raise ValueError("adaptive augmentation needs an augment_pipe whose strength it can move")
         self.config = config = config or AdversarialConfig()
         self.G, self.D = G.train().requires_grad_(False), D.train().requires_grad_(False)
-        self.G_ema = (copy.deepcopy(G) if G_ema is None else G_ema).eval().requires_grad_(False)
+        self._average = Average(G, G_ema)
+        self.G_ema = self._average.module
         self.augment_pipe, self.ada = augment_pipe, ada
         g_phases = _phases("G", config.pl_weight > 0, config.g_reg_interval)
-        d_phases = _phases("D", config.r1_gamma > 0, config.d_reg_interval)
+        d_phases = _phases("D", config.gamma > 0, config.d_reg_interval)
         self.phases = g_phases + d_phases
         self.optimizers = {
-            "G": _adam(G, config.g_lr, config, g_phases),
-            "D": _adam(D, config.d_lr, config, d_phases),
+            "G": _adam(G, config.lr, config, g_phases),
+            "D": _adam(D, config.d_lr or config.lr, config, d_phases),
         }
-        device = next(D.parameters()).device
+        self.device = next(D.parameters()).device
+        self._data = data
+        self._batches: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.num_steps = self.nimg = 0
+        self.by_sigma: dict[str, torch.Tensor] = {}
         self._agreed = False
-        self.pl_mean = torch.zeros([], device=device)
-        # First step in which each phase was not finite; stays on the device until `check_finite` asks.
-        self._first_bad_step = torch.full([len(self.phases)], -1, device=device)
-        if ada is not None:
+        self.pl_mean = torch.zeros([], device=self.device)
+        self._finite = FiniteWatch([_title(phase) for phase in self.phases], self.device)
+        if ada is not None and augment_pipe is not None:
             augment_pipe.p.copy_(ada.p)
 
-    def step(
+    def step(self) -> dict[str, torch.Tensor]:
+        """Take the next real images, draw latents and labels, and `update`.
+
+        Latents and labels are drawn for the whole batch, for both networks, and then cut: they are the same for any
+        number of processes. Classes are as frequent as in the data.
+
+        Raises:
+            ValueError: the trainer was made without data.
+        """
+        if self._data is None:
+            raise ValueError("the trainer was made without data; call update() with images")
+        if self._batches is None:
+            self._batches = self._data(self.nimg)
+        real, labels = next(self._batches)
+        rng = torch.Generator(self.device).manual_seed(misc.derive_seed(self.config.seed, self.nimg, "latents"))
+        z = torch.randn([2 * self.config.batch, self.G.z_dim], generator=rng, device=self.device)
+        fake_labels = torch.zeros([len(z), labels.shape[1]], device=self.device)
+        if labels.shape[1]:
+            probs = torch.as_tensor(self._data.class_frequencies, dtype=torch.float32, device=self.device)
+            index = torch.multinomial(probs, len(z), replacement=True, generator=rng)
+            fake_labels.scatter_(1, index[:, None], 1)
+        share = distributed.share(self.config.batch)
+        z, fake_labels = (torch.cat([half[share] for half in x.chunk(2)]) for x in (z, fake_labels))
+        rank = [distributed.rank()] if distributed.rank() else []
+        with seeded(self.device, self.config.seed, self.nimg, "networks", *rank):
+            return self.update(real.to(torch.float32) / 127.5 - 1, labels, z, fake_labels)
+
+    def update(
         self,
         real_images: torch.Tensor,
         real_labels: torch.Tensor | None,
@@ -293,23 +299,27 @@ class AdversarialTrainer:
             self._agreed = True
 
         stats = {}
-        for index, phase in enumerate(self.phases):
+        for phase in self.phases:
             if self.num_steps % phase.interval:
                 continue
             mine = half[phase.net]
             terms = self.accumulate_gradients(phase, real_images, real_labels, z[mine], gen_labels[mine])
             grads = [p.grad for p in getattr(self, phase.net).parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(grads)
-            self._watch(index, norm, terms)
+            losses = [value.sum() for name, value in terms.items() if name.startswith("loss_")]
+            self._finite.note(_title(phase), norm + sum(losses), self.nimg)
             self.optimizers[phase.net].step()
             self.optimizers[phase.net].zero_grad(set_to_none=True)
             stats.update({name: value.mean() for name, value in terms.items()})
             stats[f"grad_norm/{phase.name}"] = norm
-            if self.ada is not None and phase.net == "D" and phase.main:
+            if self.ada is not None and self.augment_pipe is not None and phase.net == "D" and phase.main:
                 self.augment_pipe.p.copy_(self.ada.update(terms["real_logits"]))
         total = num * distributed.world_size()
         distributed.average_buffers(self.G)  # the mean w has seen only this share
-        self._average(total)
+        half_life = self.config.ema_kimg * 1000
+        if self.config.ema_rampup is not None:
+            half_life = min(half_life, self.nimg * self.config.ema_rampup)
+        self._average.update(total, half_life)
         self.num_steps += 1
         self.nimg += total
         if self.augment_pipe is not None:
@@ -332,7 +342,7 @@ class AdversarialTrainer:
             Per-sample terms of the whole batch, detached; the losses, called 'loss_...', are without that factor.
         """
         num = len(real_images)
-        size = self.config.batch_gpu or num
+        size = min(self.config.batch_gpu or num, num)
         if num % size:
             raise ValueError(f"a batch of {num} images does not divide into micro-batches of {size}: change batch_gpu")
         net = getattr(self, phase.net)
@@ -344,7 +354,7 @@ class AdversarialTrainer:
                 terms = self._generator_terms(phase, latents, c)
             else:
                 terms = self._discriminator_terms(phase, real, real_c, latents, c)
-            loss = sum(value.mean() for name, value in terms.items() if name.startswith("loss_"))
+            loss = cast(torch.Tensor, sum(v.mean() for name, v in terms.items() if name.startswith("loss_")))
             (loss * (phase.interval * size / num)).backward()
             rounds.append({name: value.detach() for name, value in terms.items()})
         net.requires_grad_(False)
@@ -355,7 +365,7 @@ class AdversarialTrainer:
         return terms
 
     def _generator_terms(self, phase: Phase, z: torch.Tensor, c: torch.Tensor) -> dict[str, torch.Tensor]:
-        terms = {}
+        terms: dict[str, torch.Tensor] = {}
         if phase.main:
             logits = self._discriminate(self._synthesize(self._map(z, c)), c)
             terms.update(gen_logits=logits, loss_G=generator_loss(logits))
@@ -372,7 +382,7 @@ class AdversarialTrainer:
         return terms
 
     def _discriminator_terms(self, phase, real, real_c, z, c) -> dict[str, torch.Tensor]:
-        terms = {}
+        terms: dict[str, torch.Tensor] = {}
         real = real.detach().requires_grad_(phase.reg)
         if phase.main:
             with torch.no_grad():
@@ -383,16 +393,16 @@ class AdversarialTrainer:
             terms["loss_D"] = discriminator_loss(terms["real_logits"], terms["gen_logits"])
         if phase.reg:
             terms["r1_penalty"] = r1_penalty(terms["real_logits"], real)
-            terms["loss_r1"] = terms["r1_penalty"] * (self.config.r1_gamma / 2)
+            terms["loss_r1"] = terms["r1_penalty"] * (self.config.gamma / 2)
         return terms
 
     def _map(self, z: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """ws, in which some samples take the layers from a random one on from another latent."""
         ws = self.G.mapping(z, c)
-        if self.config.style_mixing_prob > 0:
+        if self.config.style_mixing > 0:
             num, layers = ws.shape[:2]
             first = torch.randint(1, layers, [num, 1], device=ws.device)
-            mixed = torch.rand([num, 1], device=ws.device) < self.config.style_mixing_prob
+            mixed = torch.rand([num, 1], device=ws.device) < self.config.style_mixing
             other = mixed & (torch.arange(layers, device=ws.device) >= first)
             ws = torch.where(other[:, :, None], self.G.mapping(torch.randn_like(z), c, skip_w_avg_update=True), ws)
         return ws
@@ -403,36 +413,14 @@ class AdversarialTrainer:
     def _discriminate(self, images: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         return self.D(images if self.augment_pipe is None else self.augment_pipe(images), c)
 
-    def _watch(self, index: int, norm: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
-        total = norm + sum(value.sum() for name, value in terms.items() if name.startswith("loss_"))
-        new = ~total.isfinite() & (self._first_bad_step[index] < 0)
-        self._first_bad_step[index] = torch.where(new, self.num_steps, self._first_bad_step[index])
-
-    def check_finite(self) -> None:
+    def check_finite(self, last_good: str = "none yet") -> None:
         """Raise if any loss or gradient since the start was not finite. Waits for the device: call it once a tick.
 
-        No gradient is ever altered, so that after a failure the weights are spoilt; call this before saving anything.
-
         Raises:
-            FloatingPointError: names the network, the phase and the first step, counted from 0.
+            NotFiniteError: naming the network, the phase, the images seen, and `last_good`, the snapshot to go back to.
         """
-        bad = [(step, index) for index, step in enumerate(self._first_bad_step.tolist()) if step >= 0]
-        if bad:
-            step, index = min(bad)
-            phase = self.phases[index]
-            network = {"G": "generator", "D": "discriminator"}[phase.net]
-            raise FloatingPointError(f"non-finite loss or gradient of the {network} in step {step}, phase {phase.name}")
-
-    @torch.no_grad()
-    def _average(self, num: int) -> None:
-        """Move G_ema towards G: parameters with the configured half-life, buffers are copied."""
-        half_life = self.config.ema_kimg * 1000
-        if self.config.ema_rampup is not None:
-            half_life = min(half_life, self.nimg * self.config.ema_rampup)
-        keep = 0.5 ** (num / half_life) if half_life > 0 else 0.0
-        torch._foreach_lerp_(list(self.G_ema.parameters()), list(self.G.parameters()), 1 - keep)
-        for average, newest in zip(self.G_ema.buffers(), self.G.buffers()):
-            average.copy_(newest)
+        batch = self.nimg // max(self.num_steps, 1)
+        self._finite.check(max(batch, 1), last_good, "Lower `lr`, or raise `gamma`.")
 
     def state_dict(self) -> dict[str, Any]:
         """Networks, optimizers, augmentation, running means, counters: all that changes. Tensors are not copied."""
@@ -459,8 +447,8 @@ class AdversarialTrainer:
             self.optimizers[name].param_groups[0]["lr"] = rate
         self.pl_mean.copy_(state["pl_mean"])
         self.num_steps, self.nimg = state["num_steps"], state["nimg"]
-        self._first_bad_step.fill_(-1)
-        self._agreed = False
+        self._finite.reset()
+        self._agreed, self._batches = False, None
 
     def _stateful(self) -> dict[str, Any]:
         parts = {

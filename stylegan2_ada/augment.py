@@ -30,10 +30,12 @@ _SYM6 = (
 # Expected share of an image's power in each band of the filter bank, lowest frequencies first (appendix B).
 _BAND_POWER = (10 / 13, 1 / 13, 1 / 13, 1 / 13)
 
-_BLIT = {"xflip": 1, "rotate90": 1, "xint": 1}
-_GEOM = {"scale": 1, "rotate": 1, "aniso": 1, "xfrac": 1}
-_COLOR = {"brightness": 1, "contrast": 1, "lumaflip": 1, "hue": 1, "saturation": 1}
-_FILTER, _NOISE, _CUTOUT = {"imgfilter": 1}, {"noise": 1}, {"cutout": 1}
+_BLIT: dict[str, float] = {"xflip": 1, "rotate90": 1, "xint": 1}
+_GEOM: dict[str, float] = {"scale": 1, "rotate": 1, "aniso": 1, "xfrac": 1}
+_COLOR: dict[str, float] = {"brightness": 1, "contrast": 1, "lumaflip": 1, "hue": 1, "saturation": 1}
+_FILTER: dict[str, float] = {"imgfilter": 1}
+_NOISE: dict[str, float] = {"noise": 1}
+_CUTOUT: dict[str, float] = {"cutout": 1}
 
 #: Constructor arguments of `AugmentPipe` by name. In 'bgcfnc' and the like, letters stand for basic presets.
 PRESETS: dict[str, dict[str, float]] = {
@@ -82,6 +84,10 @@ class AugmentPipe(torch.nn.Module):
         noise_std: see above.
         cutout_size: side of the square, relative to the image size.
     """
+
+    p: torch.Tensor
+    Hz_geom: torch.Tensor
+    Hz_fbank: torch.Tensor
 
     def __init__(
         self,
@@ -174,7 +180,7 @@ class AugmentPipe(torch.nn.Module):
         return images
 
     def _geometry(self, draw: "_Draw", p: torch.Tensor) -> list[torch.Tensor]:
-        """Maps [N, 3, 3] whose product leads from output to input pixels, origin at the image centre."""
+        """Return maps [N, 3, 3] whose product leads from output to input pixels, origin at the image centre."""
         maps = []
         if self.xflip > 0:
             flip = draw.gate(draw.integer(2), self.xflip * p)
@@ -203,7 +209,7 @@ class AugmentPipe(torch.nn.Module):
         return maps
 
     def _color(self, draw: "_Draw", p: torch.Tensor) -> list[torch.Tensor]:
-        """Maps [N, 4, 4] of colours in the order in which they act."""
+        """Return maps [N, 4, 4] of colours in the order in which they act."""
         if not any((self.brightness, self.contrast, self.lumaflip, self.hue, self.saturation)):
             return []
         if draw.channels not in (1, 3):
@@ -234,7 +240,7 @@ class AugmentPipe(torch.nn.Module):
         return maps
 
     def _band_gains(self, draw: "_Draw", p: torch.Tensor) -> torch.Tensor:
-        """Gains [N, 4] of the frequency bands, balanced to keep an image's expected power."""
+        """Return gains [N, 4] of the frequency bands, balanced to keep an image's expected power."""
         gains = draw.full(1, len(_BAND_POWER))
         for band, strength in enumerate(self.imgfilter_bands):
             if strength > 0:
@@ -246,7 +252,7 @@ class AugmentPipe(torch.nn.Module):
         return gains
 
     def _cutout_mask(self, draw: "_Draw", p: torch.Tensor) -> torch.Tensor:
-        """[N, 1, H, W]: 0 inside the square, 1 elsewhere."""
+        """Return a mask [N, 1, H, W] that is 0 inside the square and 1 elsewhere."""
         half = draw.gate(draw.full(self.cutout_size, 1), self.cutout * p) / 2
         center = (draw.uniform(2) + 1) / 2
         x, y = ((torch.arange(size, **draw.like) + 0.5) / size for size in (draw.width, draw.height))
@@ -261,39 +267,39 @@ class _Draw:
         if percentile is not None and not 0 < percentile < 1:
             raise ValueError(f"debug_percentile must lie strictly between 0 and 1, not {percentile}")
         self.num, self.channels, self.height, self.width = images.shape
-        self.like = {"device": images.device, "dtype": images.dtype}
+        self.like: dict = {"device": images.device, "dtype": images.dtype}
         self.percentile = percentile
 
     def full(self, value: float, *shape: int) -> torch.Tensor:
-        """[N, *shape] filled with a number; made on the device, because copying a constant there would wait for it."""
+        """Return [N, *shape] filled with a number, made on the device: copying a constant there would wait for it."""
         return torch.full([self.num, *shape], value, **self.like)
 
     def uniform(self, *shape: int) -> torch.Tensor:
-        """Uniform in -1..1."""
+        """Draw [N, *shape] uniformly from -1..1."""
         if self.percentile is not None:
             return self.full(2 * self.percentile - 1, *shape)
         return torch.rand([self.num, *shape], **self.like) * 2 - 1
 
     def integer(self, count: int, *shape: int) -> torch.Tensor:
-        """Uniform in 0, 1, ..., count - 1, as floats."""
+        """Draw [N, *shape] uniformly from 0, 1, ..., count - 1, as floats."""
         if self.percentile is not None:
             return self.full(math.floor(self.percentile * count), *shape)
         return (torch.rand([self.num, *shape], **self.like) * count).floor()
 
     def normal(self, *shape: int) -> torch.Tensor:
-        """Standard normal. The quantiles lack a factor of sqrt(2), as in the published pipe."""
+        """Draw unit normals [N, *shape]. The quantiles lack a factor of sqrt(2), as in the published pipe."""
         if self.percentile is not None:
             return self.full(NormalDist().inv_cdf(self.percentile) / math.sqrt(2), *shape)
         return torch.randn([self.num, *shape], **self.like)
 
     def half_normal(self) -> torch.Tensor:
-        """Absolute value of a standard normal variable; quantiles as in `normal`."""
+        """Draw absolute values [N] of unit normals; the quantiles are as in `normal`."""
         if self.percentile is not None:
             return self.full(NormalDist().inv_cdf((1 + self.percentile) / 2) / math.sqrt(2))
         return torch.randn([self.num], **self.like).abs()
 
     def gate(self, value: torch.Tensor, probability: torch.Tensor, neutral: float = 0) -> torch.Tensor:
-        """`value` [N, ...] for a random share of the images and `neutral` for the others; all of it at a percentile."""
+        """Return `value` [N, ...] for a random share of the images, or for all at a percentile, and else `neutral`."""
         if self.percentile is not None:
             return value
         chosen = torch.rand([self.num] + [1] * (value.ndim - 1), **self.like) < probability
@@ -301,7 +307,7 @@ class _Draw:
 
 
 def filter_bank() -> np.ndarray:
-    """Four zero-phase band filters [4, 43] of the image-space filtering, lowest frequencies first.
+    """Return the four zero-phase band filters [4, 43] of the image-space filtering, lowest frequencies first.
 
     H(z)H(1/z)/2, where H is the symlet with two vanishing moments, separates low from high frequencies. The low half is
     cut again with the filters stretched by 2, then by 4. The four bands add up to the identity.
@@ -310,7 +316,7 @@ def filter_bank() -> np.ndarray:
     sym2 = np.array([1 + root, 3 + root, 3 - root, 1 - root]) / 8  # normalised to sum 1, which absorbs the 1/2
     low = np.convolve(sym2, sym2[::-1])
     high = low * [-1, 1, -1, 1, -1, 1, -1]
-    bands = []
+    bands: list[np.ndarray] = []
     rest = np.ones(1)  # what the cuts so far have left at the low end
     for octave in range(3):
         bands.insert(0, np.convolve(rest, _stretch(high, 2**octave)))
@@ -320,14 +326,14 @@ def filter_bank() -> np.ndarray:
 
 
 def _stretch(taps: np.ndarray, factor: int) -> np.ndarray:
-    """F(z) -> F(z^factor)."""
+    """Return the taps of F(z^factor) for those of F(z)."""
     stretched = np.zeros((len(taps) - 1) * factor + 1)
     stretched[::factor] = taps
     return stretched
 
 
 def _map2d(draw: _Draw, xx=1.0, xy=0.0, x=0.0, yx=0.0, yy=1.0, y=0.0) -> torch.Tensor:
-    """[N, 3, 3] from numbers or [N] tensors: (u, v) -> (xx u + xy v + x, yx u + yy v + y)."""
+    """Return maps [N, 3, 3] of (u, v) to (xx u + xy v + x, yx u + yy v + y), from numbers or [N] tensors."""
     entries = [xx, xy, x, yx, yy, y, 0.0, 0.0, 1.0]
     entries = [entry if isinstance(entry, torch.Tensor) else draw.full(entry) for entry in entries]
     return torch.stack(entries, dim=1).reshape(-1, 3, 3)
@@ -338,7 +344,7 @@ def _rotation2d(draw: _Draw, angle: torch.Tensor) -> torch.Tensor:
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Matrix product of [N, K, K] maps, term by term: a matmul may round to TF32, which shifts pixels visibly."""
+    """Multiply [N, K, K] maps term by term: a matmul may round to TF32, which shifts pixels visibly."""
     return (a[:, :, :, None] * b[:, None, :, :]).sum(2)
 
 

@@ -25,7 +25,7 @@ _SPEED_ONLY = ("fused_modconv_default",)
 
 
 def translate_generator(record: Record) -> Blueprint:
-    """The blueprint of a stored `Generator`.
+    """Return the blueprint of a stored `Generator`.
 
     Raises:
         NetworkFormatError: for a StyleGAN3 generator, which has the same class name.
@@ -50,7 +50,7 @@ def translate_generator(record: Record) -> Blueprint:
 
 
 def translate_discriminator(record: Record) -> Blueprint:
-    """The blueprint of a stored `Discriminator`, whose arguments are flat in both code bases."""
+    """Return the blueprint of a stored `Discriminator`, whose arguments are flat in both code bases."""
     plan = persistence.blueprint(record)
     kwargs = dict(plan.kwargs)
     if len(plan.args) <= 3:
@@ -71,7 +71,7 @@ def _attribute(layers: dict[str, Record], path: str, name: str, default: Any = N
 
 
 def _num_fp16_res(layers: dict[str, Record], prefix: str) -> int:
-    """How many resolutions compute in float16, by the network's statement or else by the count of blocks that do."""
+    """Return how many resolutions compute in float16, by the network's own number or else by counting such blocks."""
     stated = _attribute(layers, prefix.rstrip("."), "num_fp16_res")
     if type(stated) is int:
         return stated

@@ -40,7 +40,7 @@ def modulated_conv2d(
     flip_weight: bool = True,
     fused_modconv: bool = False,
 ) -> torch.Tensor:
-    """Convolution whose input channels are scaled per sample (arXiv 1912.04958, section 2.2, equations 1 to 3).
+    """Convolve with input channels scaled per sample (arXiv 1912.04958, section 2.2, equations 1 to 3).
 
     Args:
         x: `[N, C_in, H, W]`.
@@ -77,7 +77,7 @@ def modulated_conv2d(
         energy = weight.square().sum(dim=[2, 3])  # [C_out, C_in]
         dcoefs = ((styles.square().unsqueeze(1) * energy).sum(dim=2) + 1e-8).rsqrt()
 
-    resample = {"f": resample_filter, "up": up, "down": down, "padding": padding, "flip_weight": flip_weight}
+    resample: dict = {"f": resample_filter, "up": up, "down": down, "padding": padding, "flip_weight": flip_weight}
     if fused_modconv:
         w = weight * styles.reshape(batch, 1, in_channels, 1, 1)  # [N, C_out, C_in, k, k]
         if dcoefs is not None:
@@ -175,7 +175,7 @@ class Conv2dLayer(torch.nn.Module):
 
 @persistence.persistent_class
 class MappingNetwork(torch.nn.Module):
-    """Latents and labels to intermediate latents: an embedding of c beside the normalised z, then dense layers.
+    """Maps latents and labels to intermediate latents: an embedding of c beside the normalised z, then dense layers.
 
     With `num_ws=None` the result is `[N, w_dim]` (the discriminator's label mapping), else `[N, num_ws, w_dim]`.
     """
@@ -241,7 +241,7 @@ class MappingNetwork(torch.nn.Module):
 
 @persistence.persistent_class
 class SynthesisLayer(torch.nn.Module):
-    """Modulated convolution, noise, bias, activation.
+    """Modulated convolution, followed by noise, bias and activation.
 
     `noise_mode`: 'random' draws one field per sample, 'const' uses the stored field, 'none' adds nothing.
     """
@@ -305,7 +305,7 @@ class SynthesisLayer(torch.nn.Module):
 
 @persistence.persistent_class
 class ToRGBLayer(torch.nn.Module):
-    """Features to image: a modulated 1x1 convolution without demodulation; the weight gain sits on the styles."""
+    """Maps features to an image by a modulated 1x1 convolution, not demodulated; the styles carry the weight gain."""
 
     def __init__(self, in_channels, out_channels, w_dim, kernel_size=1, conv_clamp=None, channels_last=False):
         super().__init__()
@@ -414,7 +414,7 @@ class SynthesisBlock(torch.nn.Module):
 
 @persistence.persistent_class
 class SynthesisNetwork(torch.nn.Module):
-    """Intermediate latents to images, block by block from 4x4 to `img_resolution`."""
+    """Maps intermediate latents to images, block by block from 4x4 to `img_resolution`."""
 
     def __init__(
         self, w_dim, img_resolution, img_channels, channel_base=32768, channel_max=512, num_fp16_res=0, **block_kwargs
@@ -544,7 +544,7 @@ class DiscriminatorBlock(torch.nn.Module):
 
 @persistence.persistent_class
 class MinibatchStdLayer(torch.nn.Module):
-    """Append the standard deviation within groups of samples as `num_channels` constant planes."""
+    """Appends the standard deviation within groups of samples as `num_channels` constant planes."""
 
     def __init__(self, group_size, num_channels=1):
         super().__init__()
@@ -566,7 +566,7 @@ class MinibatchStdLayer(torch.nn.Module):
 
 @persistence.persistent_class
 class DiscriminatorEpilogue(torch.nn.Module):
-    """4x4 features to `[N, cmap_dim or 1]`; with labels, projected on the mapped label."""
+    """Maps 4x4 features to `[N, cmap_dim or 1]`; with labels, that is projected on the mapped label."""
 
     def __init__(
         self,
@@ -671,13 +671,13 @@ class Discriminator(torch.nn.Module):
 
 
 def _bias_act(layer, x, b, gain):
-    """Bias and activation of a layer, with the block's gain on both the activation and the clamp."""
+    """Apply bias and activation of a layer, with the block's gain on both the activation and the clamp."""
     clamp = None if layer.conv_clamp is None else layer.conv_clamp * gain
     return bias_act.bias_act(x, b, act=layer.activation, gain=layer.act_gain * gain, clamp=clamp)
 
 
 def _compute_format(block, device, force_fp32):
-    """dtype and memory format a block computes in; float16 off CUDA is emulated, slow and of no use."""
+    """Return dtype and memory format that a block computes in; float16 off CUDA is emulated, slow and of no use."""
     fp16 = block.use_fp16 and not force_fp32 and device.type == "cuda"
     channels_last = block.channels_last and fp16
     return (
@@ -691,7 +691,7 @@ def _memory_format(weight, channels_last):
 
 
 def _uses_fp16(resolution, img_resolution_log2, num_fp16_res):
-    """The `num_fp16_res` highest resolutions, never below 8x8."""
+    """Return whether a block uses float16: those of the `num_fp16_res` highest resolutions do, never below 8x8."""
     return num_fp16_res > 0 and resolution >= max(2 ** (img_resolution_log2 + 1 - num_fp16_res), 8)
 
 

@@ -47,7 +47,7 @@ def _const(a: np.ndarray) -> np.ndarray:
 
 
 def translate(record: Record) -> Blueprint:
-    """The blueprint of a TensorFlow-era generator or discriminator.
+    """Return the blueprint of a TensorFlow-era generator or discriminator.
 
     Raises:
         NetworkFormatError: for other networks, unknown settings, or malformed variables.
@@ -87,7 +87,7 @@ persistence.register_translator(TENSORFLOW_NETWORK, translate)
 
 
 def _variables(record: Record, path: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """All variables of a network and its components, by their full names."""
+    """Return all variables of a network and its components, by their full names."""
     own, components = record.state.get("variables"), record.state.get("components", {})
     if not isinstance(own, list) or not isinstance(components, dict) or depth > _MAX_COMPONENT_DEPTH:
         raise NetworkFormatError("a malformed TensorFlow network")
@@ -122,14 +122,14 @@ _STYLED = {  # what a modulated layer holds besides its weight
     "mod_weight": ("affine.weight", _dense),
     "mod_bias": ("affine.bias", _plus_one),
 }
-_SYNTHESIS_LAYERS = {
+_SYNTHESIS_LAYERS: dict[str, tuple[str, Change]] = {
     "Conv": ("conv1", _conv),
     "Conv1": ("conv1", _conv),
     "Conv0_up": ("conv0", _conv_reversed),
     "Skip": ("skip", _conv_reversed),
     "ToRGB": ("torgb", _conv),
 }
-_DISCRIMINATOR_LAYERS = {
+_DISCRIMINATOR_LAYERS: dict[str, tuple[str, Change]] = {
     "FromRGB": ("fromrgb", _conv),
     "Conv0": ("conv0", _conv),
     "Conv1_down": ("conv1", _conv),
@@ -140,7 +140,7 @@ _DISCRIMINATOR_LAYERS = {
 
 
 def _find_generator_place(name: str, resolution: int) -> tuple[str, Change] | None:
-    """Where a generator's variable goes and how it changes; None for variables that have no place."""
+    """Return where a generator's variable goes and how it changes, or None for a variable that has no place."""
     if name == "dlatent_avg":
         return "mapping.w_avg", _same
     if name == "synthesis/4x4/Const/const":
@@ -162,7 +162,7 @@ def _find_generator_place(name: str, resolution: int) -> tuple[str, Change] | No
 
 
 def _find_discriminator_place(name: str, resolution: int) -> tuple[str, Change] | None:
-    """Likewise for a discriminator."""
+    """Return where a discriminator's variable goes and how it changes, or None for a variable that has no place."""
     if match := re.fullmatch(r"(LabelEmbed|Output|Mapping(\d{1,3}))/(weight|bias)", name):
         layer = {"LabelEmbed": "mapping.embed", "Output": "b4.out"}.get(match[1], f"mapping.fc{match[2]}")
         return f"{layer}.{match[3]}", _dense if match[3] == "weight" else _same
@@ -176,7 +176,7 @@ def _find_discriminator_place(name: str, resolution: int) -> tuple[str, Change] 
 def _find_layer(
     name: str, resolution: int, rgb_layer: str, layers: dict[str, tuple[str, Change]]
 ) -> tuple[str, str, str, Change] | None:
-    """Block, layer and leaf of a variable in a block, and how the layer's weight changes."""
+    """Return block, layer and leaf of a variable in a block, and how the layer's weight changes."""
     if match := re.fullmatch(rf"{rgb_layer}_lod(\d{{1,2}})/(\w+)", name):
         size, layer, leaf = resolution >> int(match[1]), rgb_layer, match[2]
     elif match := re.fullmatch(r"(\d{1,5})x(\d{1,5})/(\w+)/(\w+)", name):
@@ -189,7 +189,7 @@ def _find_layer(
 
 
 def _filters(names: list[str], taps: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """The filters, which TensorFlow did not store: configured where a layer resamples, and once per block."""
+    """Return the filters, which TensorFlow did not store: as configured where a layer resamples, and once per block."""
     configured, default = upfirdn2d.setup_filter(taps), upfirdn2d.setup_filter(_DEFAULT_FILTER)
     blocks = set()
     for name in names:

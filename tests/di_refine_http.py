@@ -7,18 +7,17 @@ import time
 import urllib.parse
 
 CONTENT = bytes(range(256)) * 1000
+PAGE = b"\n<!DOCTYPE html>\n<html>Please log in.</html>"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """The path says what happens; `server.content`, `.tag` and `.failures` can be changed between requests.
+    """The path says what happens; `server.content` and `.failures` can be changed between requests.
 
-    /ok/...          the content, with ranges and entity tags
-    /noranges/...    ranges are ignored
-    /notags/...      ranges without anything to tell versions apart
-    /wrongrange/...  answers a range with the beginning
+    /ok/...          the content
     /nolength/...    the content, its length not announced
-    /flaky/...       as /ok, but the first `failures` answers break off half-way through what is left
-    /short/...       every answer breaks off after 1000 bytes, whatever the range
+    /page/...        a web page
+    /flaky/...       as /ok, but the first `failures` answers break off half-way
+    /short/...       every answer breaks off after 1000 bytes
     /stall/...       announces the content, sends some of it and then nothing
     /busy/...        as /ok after `failures` answers of 503
     /redirect/...    to /ok/...
@@ -29,9 +28,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.0"
 
     def do_GET(self):
-        address = urllib.parse.urlsplit(self.path)
-        path = address.path
-        self.server.requests.append((self.path, self.headers.get("Range")))
+        path = urllib.parse.urlsplit(self.path).path
+        self.server.requests.append(self.path)
         kind = path.split("/")[1]
         if kind == "redirect":
             self._redirect(path.replace("/redirect", "/ok"))
@@ -41,7 +39,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(int(kind))
         elif kind == "busy" and self._fails():
             self.send_error(503)
-        elif kind in ("ok", "noranges", "notags", "wrongrange", "nolength", "flaky", "short", "stall", "busy"):
+        elif kind in ("ok", "nolength", "page", "flaky", "short", "stall", "busy"):
             self._send(kind)
         else:
             self.send_error(404)
@@ -56,24 +54,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def _send(self, kind):
-        content, tag = self.server.content, self.server.tag
-        start = 0
-        asked = self.headers.get("Range", "bytes=0-")
-        current = self.headers.get("If-Range") in (None, tag) or kind == "notags"
-        if kind != "noranges" and current:
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-        if start and start >= len(content):
-            self.send_error(416)
-            return
-        body = content[0 if kind == "wrongrange" else start :]
-        self.send_response(206 if start else 200)
-        if start:
-            first = 0 if kind == "wrongrange" else start
-            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        body = PAGE if kind == "page" else self.server.content
+        self.send_response(200)
         if kind != "nolength":
             self.send_header("Content-Length", str(len(body)))
-        if kind != "notags":
-            self.send_header("ETag", tag)
         self.end_headers()
         if kind == "flaky" and self._fails():
             body = body[: len(body) // 2]
@@ -109,8 +93,7 @@ def running():
 
 
 def reset(server):
-    server.requests, server.failures = [], 0
-    server.content, server.tag = CONTENT, '"1"'
+    server.requests, server.failures, server.content = [], 0, CONTENT
 
 
 def wait_until(condition, seconds=10):

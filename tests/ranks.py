@@ -1,6 +1,6 @@
-"""Starting several processes of a test module without torchrun: each runs one of its functions in a process group.
+"""Starts several processes of a test module, each of which runs one of its functions in a process group.
 
-A module that uses `start` ends with `if __name__ == "__main__": ranks.main(globals())`.
+A module that uses this ends with `if __name__ == "__main__": ranks.main(globals())`.
 """
 
 import os
@@ -17,31 +17,37 @@ ROOT = Path(__file__).parents[1]
 
 
 def start(file, function, size, *arguments):
-    """Processes that run `function(*arguments)` of the module in `file`, the arguments as text."""
+    """Start processes, without torchrun, that run `function(*arguments)` of the module in `file`, arguments as text."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
+    shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        subprocess.Popen(
-            [sys.executable, str(file), function, *map(str, arguments)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        _process([str(file), function, *map(str, arguments)], {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(size)
     ]
 
 
+def torchrun(file, function, size, *arguments):
+    """Start torchrun, which starts and watches processes that run `function(*arguments)`."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
+    return _process([*launch, str(file), function, *map(str, arguments)], {})
+
+
+def _process(arguments, variables):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def run(file, function, size, *arguments):
-    """Standard output of the processes, which must all succeed, in the order of their ranks."""
+    """Return standard output of the processes, which must all succeed, in the order of their ranks."""
     processes = start(file, function, size, *arguments)
     outputs = [process.communicate(timeout=120) for process in processes]
     for process, (_, errors) in zip(processes, outputs):
@@ -49,8 +55,39 @@ def run(file, function, size, *arguments):
     return [out for out, _ in outputs]
 
 
-def main(functions):
-    """What each process does."""
+def say_pid():
+    """Print which process has which rank, for `read_pids`."""
+    # torchrun starts Python with -u, by which print() would write the line and its end one after the other.
+    os.write(1, f"rank {distributed.rank()} has pid {os.getpid()}\n".encode())
+
+
+def read_pids(process, size):
+    """Return the process ids of the ranks that torchrun started; each calls `say_pid` before it prints."""
+    pids = {}
+    while len(pids) < size:
+        words = process.stdout.readline().split()
+        if words[:1] != ["rank"]:
+            process.terminate()
+            raise AssertionError(f"{' '.join(words)!r} instead of a process id: {process.communicate()[1]}")
+        pids[int(words[1])] = int(words[4])
+    return [pids[rank] for rank in range(size)]
+
+
+def are_running(pids):
+    """Return those of the process ids that still exist."""
+    return [pid for pid in pids if _exists(pid)]
+
+
+def _exists(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def main(functions, timeout=3600):
+    """Run the function that the command line names in a process group."""
     torch.set_num_threads(1)
-    with distributed.process_group("cpu"):
+    with distributed.process_group("cpu", timeout):
         functions[sys.argv[1]](*sys.argv[2:])

@@ -1,4 +1,4 @@
-"""Training by several processes, which torchrun starts: one per GPU, or on the CPU for tests.
+"""Training by several processes that torchrun starts: one per GPU, or several on the CPU for tests.
 
     with distributed.process_group(device) as device:
         ...
@@ -8,18 +8,17 @@
 
 All ranks hold the same weights, draw the same random numbers for the whole batch, work on their share of it, and
 average the gradients once per step; so the number of ranks changes a result only by the order of summation. Without
-torchrun everything here is the operation of a single process: nothing, or the identity.
+torchrun the functions of this module return what a single process has, and wait for nobody.
 
-Tensors travel on their own device (NCCL on CUDA, else gloo). Objects and flags travel between the CPUs, and so never
-wait for a GPU.
+Tensors are sent from the device that they are on (NCCL on CUDA, else gloo). Objects and flags are sent between the
+CPUs, and so never wait for a GPU. An operation that fails because another rank has ended or hangs raises a
+ConnectionError.
 """
 
-import atexit
 import contextlib
 import datetime
 import hashlib
 import os
-import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,32 +26,44 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torch_utils._lifeline import Lifeline
-
 BUCKET_BYTES = 32 << 20  # large enough for full bandwidth, small enough that copying and sending overlap
 
 
 class DistributedError(ValueError):
-    """Processes that cannot work together; the message says why and what to change."""
+    """The processes cannot work together; the message says why and what to change."""
 
 
 def rank() -> int:
-    """Number of this process, from 0; 0 where there is only one."""
+    """Return the number of this process, from 0; it is 0 where there is only one."""
     return dist.get_rank() if _is_several() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if _is_several() else 1
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files and prints results."""
+    """Return whether this process is the one that writes files and prints results."""
     return rank() == 0
 
 
+_alone = False
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Make everything here the operation of a single process inside this block, whatever the others do meanwhile."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def _is_several() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized() and not _alone
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -61,26 +72,24 @@ def _is_several() -> bool:
 
 @contextlib.contextmanager
 def process_group(
-    device: torch.device | str = "cpu", timeout: float = 3600, join_timeout: float = 300, lost_after: float = 30
+    device: torch.device | str = "cpu", timeout: float = 3600, join_timeout: float = 300
 ) -> Iterator[torch.device]:
     """Join the processes that torchrun started; without torchrun, or inside another such block, do nothing.
 
-    A rank that dies ends all others within seconds, and so does one that leaves this block with an exception: they
-    print one sentence on stderr that names it, and exit with status 1. A rank that leaves normally waits here for the
-    others.
+    A rank that leaves normally, with `sys.exit(0)` as well, waits here for the others. One that leaves with an
+    exception does not: torchrun notices that its process has ended, and ends the others.
 
     Args:
         device: 'cpu' or 'cuda', whatever its index.
-        timeout: seconds that a collective operation waits for a rank that is alive. Must exceed the longest evaluation
-            or whatever else one rank may do alone.
+        timeout: seconds that a collective operation waits for a rank that does not answer. Must exceed the longest
+            evaluation or whatever else one rank may do alone.
         join_timeout: seconds to wait for all ranks to start.
-        lost_after: seconds until a machine that has gone silent counts as dead.
 
     Yields:
         The device of this rank, which is also made current: cuda:LOCAL_RANK, or the CPU.
 
     Raises:
-        DistributedError: the environment, the device, or a rank that did not start.
+        DistributedError: the environment or the device is not as it must be, or a rank did not start.
     """
     device = torch.device(device)
     size, local = _environment("WORLD_SIZE", 1), _environment("LOCAL_RANK", 0)
@@ -96,59 +105,74 @@ def process_group(
         yield device
         return
     if device.type not in ("cpu", "cuda"):
-        raise DistributedError(f"several processes need --device=cuda or --device=cpu, not {device.type}")
+        raise DistributedError(f"several processes need device=cuda or device=cpu, not {device.type}")
     me = _environment("RANK", None)
     try:
-        store, _, _ = next(dist.rendezvous("env://", me, size, timeout=datetime.timedelta(seconds=join_timeout)))
-        store.set_timeout(datetime.timedelta(seconds=join_timeout))
-        lifeline = Lifeline(dist.PrefixStore("lifeline", store), me, size, lost_after)
+        _join(device, me, size, datetime.timedelta(seconds=timeout), datetime.timedelta(seconds=join_timeout))
     except (RuntimeError, ValueError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DistributedError(f"not all {size} ranks have come together at rank {me} ({reason})") from None
-    nccl = device.type == "cuda" and dist.is_nccl_available()
+        raise DistributedError(f"not all {size} ranks have come together at rank {me} ({_reason(error)})") from None
     try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if nccl else "gloo",
-            store=dist.PrefixStore("group", store),
-            rank=me,
-            world_size=size,
-            timeout=datetime.timedelta(seconds=timeout),
-        )
         yield device
-    except BaseException as error:
-        if not isinstance(error, SystemExit) or error.code:
-            lifeline.fail(error, by_peer=type(error) is RuntimeError or isinstance(error, dist.DistError))
-            atexit.register(_abandon)  # late, so that the error has been reported
-            raise
-        lifeline.finish()
-        _close()
+    except SystemExit as error:
+        if not error.code:
+            _leave()
         raise
-    lifeline.finish()
-    _close()
+    _leave()
 
 
-def _close() -> None:
-    """Leave the group, in good time: at the interpreter's very end, gloo's threads abort the process now and then."""
+def _join(
+    device: torch.device, me: int, size: int, timeout: datetime.timedelta, join_timeout: datetime.timedelta
+) -> None:
+    store, _, _ = next(dist.rendezvous("env://", me, size, timeout=join_timeout))
+    store.set_timeout(join_timeout)
+    # Connecting waits as long as any later operation. Hence it begins when all are there.
+    store.set(f"joined/{me}", "")
+    store.wait([f"joined/{other}" for other in range(size)], join_timeout)
+    nccl = device.type == "cuda" and dist.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"
+    dist.init_process_group(backend, store=store, rank=me, world_size=size, timeout=timeout)
+
+
+def _leave() -> None:
+    """Wait for all ranks to come to their end, then leave the group.
+
+    Not at the interpreter's very end, where gloo's threads abort the process now and then.
+    """
+    barrier()
     time.sleep(0.1)  # such a thread may have to free a tensor yet, and for that take turns with this one
-    if _is_several():
-        dist.destroy_process_group()
-
-
-def _abandon() -> None:
-    """Leave a group with operations of dead ranks under way, for which closing may wait for ever."""
-    if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(20)
-    _close()
+    dist.destroy_process_group()
 
 
 def _environment(name: str, default: int | None) -> int:
-    text = os.environ.get(name, default)
+    """Return the number in an environment variable that torchrun sets; without a default, the variable must be set."""
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
     try:
-        return int(text)
-    except (TypeError, ValueError):
+        return int(text or "")
+    except ValueError:
         problem = "is not set" if text is None else f"is {text!r}, not a number"
         raise DistributedError(f"the environment variable {name} {problem}; start the processes by torchrun") from None
+
+
+@contextlib.contextmanager
+def _collective() -> Iterator[None]:
+    """Turn the failure of an operation, because a rank has ended or hangs, into an error of one sentence.
+
+    Raises:
+        ConnectionError: in place of the RuntimeError of gloo or NCCL, which have no narrower type for it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ConnectionError(
+            f"rank {rank()} of {world_size()} has lost connection with the others ({_reason(error)}); the rank that "
+            "ended first says why"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,41 +185,52 @@ def barrier() -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on at least one rank; such as a signal to stop, which must end all in the same step."""
+    """Return whether the flag is set on at least one rank.
+
+    A signal to stop, for example, may reach one rank only and has to end all of them in the same step.
+    """
+    return bool(highest(int(flag)))
+
+
+def highest(number: int) -> int:
+    """Return the largest of the numbers of all ranks."""
     if world_size() == 1:
-        return bool(flag)
-    answer = torch.tensor([int(flag)])
-    dist.all_reduce(answer, dist.ReduceOp.MAX)
-    return bool(answer.item())
+        return number
+    answer = torch.tensor(number)  # on the CPU: asking must not wait for a GPU
+    with _collective():
+        dist.all_reduce(answer, dist.ReduceOp.MAX)
+    return int(answer.item())
 
 
 def broadcast_object(obj: Any = None) -> Any:
-    """The first rank's object, on all; picklable."""
+    """Return the first rank's object, which must be picklable, on all ranks."""
     if world_size() == 1:
         return obj
     box = [obj]
-    dist.broadcast_object_list(box)
+    with _collective():
+        dist.broadcast_object_list(box)
     return box[0]
 
 
 def gather_object(obj: Any) -> list:
-    """The objects of all ranks in their order, on the first; an empty list on the others."""
+    """Return the objects of all ranks in their order on the first rank, and an empty list on the others."""
     if world_size() == 1:
         return [obj]
-    everyone = [None] * world_size() if is_first() else None
-    dist.gather_object(obj, everyone)
+    everyone: list[Any] | None = [None] * world_size() if is_first() else None
+    with _collective():
+        dist.gather_object(obj, everyone)
     return everyone or []
 
 
 def check_equal(what: str, value: Any) -> None:
-    """Check that a value is the same on all ranks, by hash: options, weights, a whole training state.
+    """Check by hash that a value is the same on all ranks: settings, weights, or a whole training state.
 
     Args:
         what: its name, for the message.
         value: tensors, modules and plain values, in mappings and sequences to any depth.
 
     Raises:
-        DistributedError: on all ranks, naming what differs, and on which of them.
+        DistributedError: a value differs; raised on all ranks, with its name and the ranks that do not agree.
     """
     if world_size() == 1:
         return
@@ -208,8 +243,8 @@ def check_equal(what: str, value: Any) -> None:
     if everyone := gather_object(mine):
         other, found = next((i, e) for i, e in enumerate(everyone) if e != mine)
         names = [name for name in {**mine, **found} if mine.get(name) != found.get(name)]
-        here, there = (table.get(names[0]) for table in (mine, found))
-        if None in (here, there):
+        here, there = mine.get(names[0]), found.get(names[0])
+        if here is None or there is None:
             detail = f"is missing on rank {0 if here is None else other}"
         elif "sha256" in here + there:
             detail = "differs"
@@ -249,38 +284,38 @@ def _digest(leaf: Any) -> str:
 # Batches and tensors
 
 
-def share(n: int, option: str = "--batch") -> slice:
-    """This rank's part of `n` images, the same number on each; parts lie in the order of the ranks.
+def share(n: int, setting: str = "batch") -> slice:
+    """Return this rank's part of `n` images, the same number on each; parts lie in the order of the ranks.
 
     Args:
         n: images of the whole batch.
-        option: what the user calls it, for the message.
+        setting: name of the setting that says so, for the message.
 
     Raises:
-        DistributedError: the ranks do not divide it.
+        DistributedError: `n` is not a multiple of the number of ranks.
     """
     size = world_size()
     if n % size:
-        raise DistributedError(f"{option}={n} is not a multiple of the {size} processes; give {n + -n % size}")
+        raise DistributedError(f"{setting}={n} is not a multiple of the {size} processes; give {n + -n % size}")
     return slice(rank() * n // size, (rank() + 1) * n // size)
 
 
-def micro_batch(batch: int, batch_gpu: int | None = None, option: str = "--batch-gpu") -> int:
-    """How many images of this rank's share go through a network at once.
+def micro_batch(batch: int, batch_gpu: int | None = None, setting: str = "batch_gpu") -> int:
+    """Return how many images of this rank's share go through a network at once.
 
     Args:
         batch: images of the whole batch.
-        batch_gpu: the user's wish; None, or more than the share, is the whole share.
-        option: what the user calls it, for the message.
+        batch_gpu: the number that is wanted; None, or more than the share, means the whole share.
+        setting: name of the setting that says so, for the message.
 
     Raises:
-        DistributedError: it does not divide the share, or the ranks do not divide the batch.
+        DistributedError: `batch_gpu` does not divide the share, or the number of ranks does not divide the batch.
     """
     mine = share(batch)
     num = mine.stop - mine.start
     size = min(batch_gpu or num, num)
     if num % size:
-        raise DistributedError(f"{option}={size} does not divide the {num} images of each of {world_size()} processes")
+        raise DistributedError(f"{setting}={size} does not divide the {num} images of each of {world_size()} processes")
     return size
 
 
@@ -299,12 +334,13 @@ def average_gradients(params: Iterable[torch.nn.Parameter], also: Sequence[torch
     params = list(params)
     # Which gradients there are is known without the device, and agreed on without it.
     present = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8)
-    dist.all_reduce(present, dist.ReduceOp.MAX)
+    with _collective():
+        dist.all_reduce(present, dist.ReduceOp.MAX)
     wanted = [p for p, there in zip(params, present.tolist()) if there]
     for p in wanted:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    average([p.grad for p in wanted] + list(also))
+    average([p.grad for p in wanted if p.grad is not None] + list(also))
 
 
 @torch.no_grad()
@@ -315,9 +351,11 @@ def average(tensors: Sequence[torch.Tensor]) -> None:
     sent = []
     for bucket in _buckets(tensors):
         flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+        with _collective():
+            sent.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
     for bucket, flat, work in sent:
-        work.wait()
+        with _collective():
+            work.wait()
         _unflatten(flat.div_(world_size()), bucket)
 
 
@@ -325,7 +363,7 @@ def average(tensors: Sequence[torch.Tensor]) -> None:
 def average_buffers(module: torch.nn.Module) -> None:
     """Replace the floating-point buffers of a module, such as running means, by their means over the ranks.
 
-    In float64, so that a buffer that is the same everywhere stays what it is.
+    The means are taken in float64, so that a buffer that is the same on all ranks does not change.
     """
     if world_size() == 1:
         return
@@ -343,13 +381,14 @@ def broadcast_parameters(module: torch.nn.Module) -> None:
         return
     for bucket in _buckets([*module.parameters(), *module.buffers()]):
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
-        dist.broadcast(flat, 0)
+        with _collective():
+            dist.broadcast(flat, 0)
         _unflatten(flat, bucket)
 
 
 @torch.no_grad()
 def gather_batch(terms: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Per-sample values of the whole batch from those of each rank's share.
+    """Put together per-sample values of the whole batch from those of each rank's share.
 
     Args:
         terms: tensors `[n, ...]` of one floating-point type on one device; shapes are the same on all ranks.
@@ -361,7 +400,8 @@ def gather_batch(terms: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return dict(terms)
     flat = torch.cat([value.detach().reshape(-1) for value in terms.values()])
     everyone = [torch.empty_like(flat) for _ in range(world_size())]
-    dist.all_gather(everyone, flat)
+    with _collective():
+        dist.all_gather(everyone, flat)
     parts = [part.split([value.numel() for value in terms.values()]) for part in everyone]
     return {
         name: torch.cat([part[index].view(value.shape) for part in parts])
@@ -370,7 +410,7 @@ def gather_batch(terms: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """The tensors in groups of one type and limited size; the same on all ranks, if the tensors are alike."""
+    """Split the tensors into groups of one type and limited size, the same on all ranks if the tensors are alike."""
     kinds: dict[Any, list[list[torch.Tensor]]] = {}
     room: dict[Any, int] = {}
     for tensor in tensors:

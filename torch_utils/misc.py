@@ -1,4 +1,4 @@
-"""Small helpers that know nothing about any model: shape checks, atomic files, seeds."""
+"""Helpers that know nothing about any model: checks of shapes, files that are written whole, seeds."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ def assert_shape(tensor: torch.Tensor, ref_shape: Sequence[int | None]) -> None:
     """Check `tensor.shape` against `ref_shape`, where None matches any size.
 
     Raises:
-        AssertionError: with both shapes, when rank or a size differs.
+        AssertionError: the number of axes or a size differs; the message has both shapes.
     """
     fits = tensor.ndim == len(ref_shape) and all(
         ref is None or size == ref for size, ref in zip(tensor.shape, ref_shape)
@@ -36,10 +36,10 @@ def open_atomic(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
         mode: 'wb' or 'w' (text is UTF-8).
     """
     path = Path(path)
-    text = {} if "b" in mode else {"encoding": "utf-8"}
+    encoding = None if "b" in mode else "utf-8"
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, mode, **text) as file:
+        with os.fdopen(handle, mode, encoding=encoding) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -60,7 +60,11 @@ def open_atomic(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """One 63-bit seed from any mix of integers and words; the same on every machine and Python version."""
+    """Return a 63-bit seed that depends on all of `parts`; it is the same on every machine and Python version.
+
+    Args:
+        parts: integers, of which the lowest 64 bits count, and texts.
+    """
     words: list[int] = []
     for part in parts:
         words += list(part.encode()) if isinstance(part, str) else [part & 0xFFFFFFFF, (part >> 32) & 0xFFFFFFFF]

@@ -92,12 +92,19 @@ class Declared:
 
 
 def declared(settings: type) -> Iterator[Declared]:
-    """The settings of a dataclass, in the order of its fields; fields that are no settings are passed over."""
+    """The settings of a dataclass, in the order of its fields; fields that are no settings are passed over.
+
+    A subclass may give a setting another default by a plain `batch: int = 512`; the rest stays as it was declared.
+    """
     hints = typing.get_type_hints(settings)
+    bases = [base for base in settings.__mro__ if dataclasses.is_dataclass(base)]
     for field in dataclasses.fields(settings):
-        if "setting" not in field.metadata:
+        known = (base.__dataclass_fields__.get(field.name) for base in bases)
+        details: Setting | None = next(
+            (each.metadata["setting"] for each in known if each is not None and "setting" in each.metadata), None
+        )
+        if details is None:
             continue
-        details: Setting = field.metadata["setting"]
         hint, optional, several = hints[field.name], False, False
         if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
             members = typing.get_args(hint)
@@ -153,6 +160,27 @@ class Settings:
                 wanted = problem(part, item.kind, item.setting)
                 if wanted is not None:
                     raise SettingError(f"{item.name}={part} is not possible; it must be {wanted}")
+
+
+@dataclasses.dataclass(kw_only=True)
+class UpdateConfig(Settings):
+    """The settings that all trainers have."""
+
+    batch: int = setting(64, "Update on this many images.", minimum=1, group=LEARNING)
+    batch_gpu: int | None = setting(
+        None,
+        "Pass this many images through the networks at once; it must divide the batch.",
+        minimum=1,
+        group=MACHINE,
+        may_change=True,
+        default_text="`batch`",
+    )
+    seed: int = setting(0, "Seed everything random.", minimum=0, group=LEARNING)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.batch_gpu, int) and self.batch % self.batch_gpu:
+            raise SettingError(f"batch={self.batch} is not a multiple of batch_gpu={self.batch_gpu}")
 
 
 def may_change(*settings: type) -> frozenset[str]:

@@ -1,22 +1,31 @@
-"""Measure generators: quality metrics of networks or of folders of generated images, against reference images."""
+"""The command `calc_metrics.py`: quality metrics of networks or of folders of generated images."""
+
+from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 from di_refine import terminal
 from di_refine.commands import cli
+from di_refine.commands.options import make, options
 from di_refine.errors import InputError
-from di_refine.files import pictures, registry
-from di_refine.files.datasets import ImageDataset
-from di_refine.metrics import compare, plots
-from di_refine.metrics.evaluate import Evaluator
-from di_refine.metrics.kinds import FORMS, parse_metrics
-from di_refine.metrics.parallel import process_group
-from di_refine.metrics.results import write_jsonl
-from di_refine.metrics.sources import ImageSampler, network_sampler, snapshots
+from di_refine.files import registry
+from di_refine.files.run_files import RunFiles
+from di_refine.metrics.kinds import FORMS, KINDS, Needs, parse_metrics
+from torch_utils.settings import FILES, MACHINE, MEASURING, NETWORK, Settings, setting
+
+if TYPE_CHECKING:
+    from di_refine.generators import Sampler
+    from di_refine.metrics.evaluate import Evaluator
+    from di_refine.metrics.references import ReferenceSource
+    from di_refine.metrics.results import MetricResult
+
+# PyTorch is imported inside of the functions that need it, so that --help is quick.
 
 SOURCES = ("--network", "--images")
 GRID_IMAGES = 64
@@ -25,55 +34,104 @@ GRID_IMAGES = 64
 class InOrder(cli.Command):
     """A command that remembers the order of its repeatable options; click keeps the values of each apart."""
 
-    def parse_args(self, ctx, args):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.meta["order"] = [option for word in args if (option := word.split("=")[0]) in SOURCES]
         return super().parse_args(ctx, args)
+
+
+@dataclass(kw_only=True)
+class CalcConfig(Settings):
+    """What is measured and how; None where the registry or the files decide."""
+
+    network: tuple[str, ...] = setting(
+        (), "Measure this network, or every snapshot of this run directory; repeatable.", metavar="PATH|URL|NAME"
+    )
+    images: tuple[str, ...] = setting((), "Measure the images in this folder or zip file; repeatable.", metavar="PATH")
+    metrics: str | None = setting(
+        None,
+        "Compute these metrics, separated by commas, as in fd2k_full@digits.",
+        group=MEASURING,
+        metavar="LIST",
+        default_text="what the registry recommends",
+    )
+    data: str | None = setting(
+        None,
+        "Compare with these images: a folder or zip file made by dataset_tool.py.",
+        group=MEASURING,
+        metavar="PATH|NAME",
+    )
+    ref: str | None = setting(
+        None,
+        "Compare with these statistics (.npz).",
+        group=MEASURING,
+        metavar="PATH|URL|NAME",
+        default_text="those of `data`, else what the registry says",
+    )
+    mirror: bool = setting(False, "Count every image of `data` a second time, mirrored left to right.", group=MEASURING)
+    detector: str | None = setting(
+        None,
+        "Take this feature network.",
+        group=MEASURING,
+        metavar="PATH|NAME",
+        default_text="what `metrics` names, else Inception",
+    )
+    perceptual: str | None = setting(
+        None, "Take this LPIPS or other feature network for path lengths.", group=MEASURING, metavar="PATH"
+    )
+    seed: int = setting(
+        0, "Draw the random numbers of the first measurement from this seed.", group=MEASURING, minimum=0
+    )
+    seeds: int = setting(1, "Measure each network with this many seeds in a row.", group=MEASURING, minimum=1)
+    steps: int = setting(18, "Sample diffusion networks with this many steps.", group=NETWORK, minimum=1)
+    init_sigma: float | None = setting(
+        None,
+        "Use EDM networks as one-step generators from this noise level.",
+        group=NETWORK,
+        above=0,
+        default_text="from the file",
+    )
+    truncation: float = setting(1.0, "Truncate the w of StyleGAN2 networks by this psi; 1 does not.", group=NETWORK)
+    labels: str = setting(
+        "uniform",
+        "Ask conditional networks for all classes alike, for as many of each as in `data`, or for one class.",
+        group=NETWORK,
+        metavar="uniform|dataset|CLASS",
+    )
+    cache: bool = setting(
+        True, "Keep the statistics of `data` in $DI_REFINE_CACHE, and take them from there.", group=FILES
+    )
+    jsonl: bool = setting(True, "Append the results to metric-<name>.jsonl beside each network file.", group=FILES)
+    grid: str | None = setting(
+        None, f"Save the first {GRID_IMAGES} pictures measured of each source.", group=FILES, metavar="FILE.png"
+    )
+    plot: str | None = setting(
+        None, "Draw the metrics of run directories against thousands of images.", group=FILES, metavar="FILE.png"
+    )
+    run: tuple[str, ...] = setting(
+        (), "Draw this run directory, besides those given as `network`; repeatable.", group=FILES, metavar="DIR"
+    )
+    batch: int = setting(128, "Pass this many images through the networks at once.", group=MACHINE, minimum=1)
+    workers: int = setting(2, "Decode images with this many threads.", group=MACHINE, minimum=1)
+
+
+def _known_metrics() -> str:
+    """Return a list of the metrics for the end of the help."""
+    rows = [(", ".join(kind.forms), kind.what) for kind in KINDS.values()]
+    width = max(len(forms) for forms, _ in rows)
+    lines = [f"  {forms:{width}}  {what}" for forms, what in rows]
+    return "\n".join(["\b", "Metrics, of which <N> counts thousands of images:", *lines])
 
 
 @click.command(
     cls=InOrder,
     context_settings=cli.CONTEXT,
-    epilog=f"Metrics: {FORMS}; <N> counts thousands of images. Under torchrun all processes share the work.",
+    epilog=f"{_known_metrics()}\n\nUnder torchrun all processes share the work.",
 )
-@click.option(
-    "--network", "networks", multiple=True, metavar="PATH|URL|NAME", help="Network or run directory; repeatable."
-)
-@click.option(
-    "--images", "folders", multiple=True, metavar="PATH", help="Folder or zip of images to measure; repeatable."
-)
-@click.option(
-    "--metrics", metavar="LIST", help="Metrics, separated by commas, as in fd2k_full@digits.  [default: the registry's]"
-)
-@click.option("--data", metavar="PATH|NAME", help="Reference images: a folder or zip made by dataset_tool.py.")
-@click.option(
-    "--ref", metavar="PATH|URL|NAME", help="Reference statistics (.npz).  [default: --data, else the registry's]"
-)
-@click.option("--mirror/--no-mirror", default=False, help="Also count the images of --data mirrored left to right.")
-@click.option(
-    "--detector", metavar="PATH|NAME", help="Feature network.  [default: what --metrics names, else Inception]"
-)
-@click.option("--perceptual", metavar="PATH", help="LPIPS or other feature network, for path lengths.")
-@click.option("--seed", type=cli.NON_NEGATIVE_INT, default=0, help="Seed of the first measurement.")
-@click.option("--seeds", type=cli.POSITIVE_INT, default=1, help="Measure each network with this many seeds in a row.")
-@click.option("--batch", type=cli.POSITIVE_INT, default=128, help="Images per pass.")
-@click.option("--steps", type=cli.POSITIVE_INT, default=18, help="Sampling steps of diffusion networks.")
-@click.option("--init-sigma", type=cli.POSITIVE_NUMBER, help="Use EDM networks as one-step generators from this level.")
-@click.option("--truncation", type=cli.Number(), default=1.0, help="Truncation psi of StyleGAN2 networks.")
-@click.option(
-    "--labels", default="uniform", metavar="uniform|dataset|CLASS", help="Classes asked of conditional networks."
-)
-@click.option("--workers", type=cli.POSITIVE_INT, default=2, help="Threads that decode images.")
-@click.option("--cache/--no-cache", default=True, help="Keep statistics of --data, in $DI_REFINE_CACHE.")
-@click.option("--jsonl/--no-jsonl", default=True, help="Append to metric-<name>.jsonl beside each network file.")
-@click.option("--grid", metavar="FILE.png", help=f"Save the first {GRID_IMAGES} pictures measured of each source.")
-@click.option("--plot", metavar="FILE.png", help="Draw the metrics of run directories against kimg.")
-@click.option(
-    "--run", "runs", multiple=True, metavar="DIR", help="Run directory for --plot, besides those in --network."
-)
+@options(CalcConfig)
 @cli.ops_option
 @cli.device_option
 @click.pass_context
-def main(context, **options):
+def main(context, device, **values):
     """Measure how good generated images are.
 
     \b
@@ -83,93 +141,67 @@ def main(context, **options):
     calc_metrics.py --run=runs/00000-mine --plot=fid.png
     torchrun --nproc_per_node=2 calc_metrics.py ...
     """
-    with process_group() as distributed:
-        _measure(context.meta["order"], distributed, **options)
+    from di_refine.metrics import compare, plots
+    from torch_utils import distributed
+
+    config = make(CalcConfig, values)
+    # Features and moments travel as CPU tensors, a few times in all, so the CPU's group serves every device.
+    with distributed.process_group("cpu"):
+        runs = [_run_directory(folder) for folder in config.run]
+        sources = _sources(context.meta["order"], config.network, config.images)
+        runs += dict.fromkeys(source.run for source in sources if source.run is not None)
+        if config.plot and runs:
+            plots.check_matplotlib()
+        _check_outputs(config.plot, config.grid, bool(sources), runs)
+        result = _measure(sources, config, device) if sources else {}
+        if not distributed.is_first():
+            return
+        if config.plot:
+            names = [spec.name for spec in parse_metrics(config.metrics)] if config.metrics else []
+            Path(config.plot).parent.mkdir(parents=True, exist_ok=True)
+            result = {**result, "plot": config.plot, "curves": plots.plot_runs(config.plot, runs, names)}
+        if sources:
+            terminal.table(*compare.rows(result["results"]))
+        terminal.print_result(result)
 
 
-def _measure(order, distributed, networks, folders, metrics, data, ref, mirror, detector, perceptual, seed, seeds,
-             batch, labels, workers, cache, jsonl, grid, plot, runs, device, **settings):  # fmt: skip
-    shown = not distributed or torch.distributed.get_rank() == 0
-    runs = [_run_directory(folder) for folder in runs]
-    sources = _sources(order, networks, folders, runs)
-    _check_outputs(plot, grid, bool(sources), runs)
-    result = {}
-    if sources:
-        device = cli.pick_device(device)
-        paths = [path for path, is_network in sources.values() if is_network]
-        specs = parse_metrics(metrics if metrics is not None else _registered_metrics(paths))
-        if mirror and not data:
-            raise InputError("--mirror concerns the images of --data; give --data as well")
-        dataset = ImageDataset(registry.resolve(data, option="--data", kind="dataset"), mirror) if data else None
-        references = [] if ref is None else [registry.resolve(ref, option="--ref", kind=("statistics", "dataset"))]
-        references += [] if dataset is None else [dataset]
-        if not references and any("reference" in spec.needs for spec in specs):
-            references = _registered_statistics(paths)
+@dataclass(frozen=True)
+class Source:
+    """Something to measure.
 
-        # Everything is loaded and checked before the first image is made: a mistake in the last must not cost an hour.
-        samplers = {
-            name: network_sampler(path, labels, dataset, device=device, **settings)
-            if is_network
-            else ImageSampler(ImageDataset(path, option="--images"), workers)
-            for name, (path, is_network) in sources.items()
-        }
-        evaluator = Evaluator(
-            [spec.name for spec in specs],
-            references or None,
-            detector,
-            device,
-            batch,
-            perceptual,
-            cache,
-            workers,
-            distributed,
-        )
-        for sampler in samplers.values():
-            evaluator.check(sampler)
-        for warning in evaluator.warnings if shown else ():
-            print(f"note: {warning}", file=sys.stderr)
-        evaluator.prepare()
-        summaries = []
-        for name, (path, is_network) in sources.items():
-            repeats = range(seed, seed + (seeds if is_network else 1))
-            results = _measure_one(evaluator, samplers[name], path, repeats, shown)
-            if shown and jsonl and is_network:
-                _record(path, results)
-            summaries += [compare.summarise(name, list(of_metric)) for of_metric in zip(*results)]
-        compare.add_differences(summaries)
-        result = {"results": summaries, "warnings": evaluator.warnings}
-        if shown and grid:
-            _save_grid(grid, samplers, seed)
-            result["grid"] = grid
-    if not shown:
-        return
-    if plot:
-        names = [spec.name for spec in parse_metrics(metrics)] if metrics else []
-        Path(plot).parent.mkdir(parents=True, exist_ok=True)
-        result = {**result, "plot": plot, "curves": plots.plot_runs(plot, runs, names)}
-    if "results" in result:
-        terminal.table(*compare.rows(result["results"]))
-    terminal.print_result(result)
+    Attributes:
+        name: what people call it.
+        path: the file of a network, or the folder or zip file of images.
+        is_network: which of these it is.
+        run: the run directory that was given, for one of its snapshots.
+    """
+
+    name: str
+    path: Path
+    is_network: bool
+    run: Path | None = None
 
 
-def _sources(order: list[str], networks, folders, runs: list[Path]) -> dict[str, tuple[Path, bool]]:
-    """What to measure, by its name for people, in the order given: file and whether it is a network."""
-    found: dict[str, tuple[Path, bool]] = {}
+def _sources(order: Sequence[str], networks: Sequence[str], folders: Sequence[str]) -> list[Source]:
+    """Return what to measure, in the order in which it was given; what was given twice is measured once."""
+    found: list[Source] = []
     given = {"--network": list(networks), "--images": list(folders)}
     if sorted(order) != sorted(option for option, values in given.items() for _ in values):
         order = [option for option, values in given.items() for _ in values]  # an option's name as another's value
     for option in order:
         name = given[option].pop(0)
         if option == "--images":
-            found[name] = (Path(name), False)
+            found.append(Source(name, Path(name), False))
             continue
-        path = registry.resolve(name, kind=("stylegan2", "edm"))
-        if path.is_dir():
-            found.update({str(snapshot): (snapshot, True) for snapshot in snapshots(path)})
-            runs.append(path)
-        else:
-            found[name] = (path, True)
-    return found
+        path = registry.resolve(name, setting="network", kind=("stylegan2", "edm"))
+        if not path.is_dir():
+            found.append(Source(name, path, True))
+            continue
+        snapshots = RunFiles(path).snapshots()
+        if not snapshots:
+            raise InputError(f"--network={path}: a folder without network snapshots is no run directory")
+        found += [Source(str(snapshot), snapshot, True, run=path) for snapshot in snapshots]
+    return list({source.name: source for source in found}.values())
 
 
 def _run_directory(folder: str) -> Path:
@@ -178,13 +210,13 @@ def _run_directory(folder: str) -> Path:
     return Path(folder)
 
 
-def _check_outputs(plot: str | None, grid: str | None, measuring: bool, runs: list[Path]) -> None:
+def _check_outputs(plot: str | None, grid: str | None, measuring: bool, runs: Sequence[Path]) -> None:
+    """Raise InputError where what is to be written does not suit what was given, or cannot be written."""
     if not measuring and not (plot and runs):
         raise InputError("nothing to measure: give --network or --images, or --run with --plot")
     if plot:
         if not runs:
             raise InputError("--plot draws run directories; give --run, or a run directory as --network")
-        plots.check_matplotlib()
         cli.check_outfile(plot, "--plot")
     elif runs and not measuring:
         raise InputError("--run is for --plot; give --plot as well")
@@ -194,30 +226,97 @@ def _check_outputs(plot: str | None, grid: str | None, measuring: bool, runs: li
         cli.check_outfile(grid, "--grid")
 
 
-def _registered_metrics(paths: list[Path]) -> list[str]:
-    """The metrics that the registry recommends for the first network."""
+def _measure(sources: Sequence[Source], config: CalcConfig, device: str) -> dict[str, Any]:
+    """Measure all sources, write the files that belong to the results, and return the JSON result."""
+    from di_refine.files.datasets import ImageDataset
+    from di_refine.metrics import compare
+    from di_refine.metrics.evaluate import Evaluator
+    from di_refine.metrics.sources import ImageSampler, network_sampler
+    from torch_utils import distributed
+
+    place, shown = cli.pick_device(device), distributed.is_first()
+    paths = [source.path for source in sources if source.is_network]
+    specs = parse_metrics(config.metrics if config.metrics is not None else _registered_metrics(paths))
+    if config.mirror and not config.data:
+        raise InputError("--mirror concerns the images of --data; give --data as well")
+    dataset: ImageDataset | None = None
+    references: list[ReferenceSource] = []
+    if config.ref is not None:
+        references.append(registry.resolve(config.ref, setting="ref", kind=("statistics", "dataset")))
+    if config.data:
+        dataset = ImageDataset(registry.resolve(config.data, setting="data", kind="dataset"), config.mirror)
+        references.append(dataset)
+    if not references and any(spec.needs & Needs.REFERENCE for spec in specs):
+        references += _registered_statistics(paths)
+
+    # Everything is loaded and checked before the first image is made: a mistake in the last must not cost an hour.
+    def sampler_of(source: Source) -> Sampler:
+        if not source.is_network:
+            return ImageSampler(ImageDataset(source.path, setting="images"), config.workers)
+        settings = {"steps": config.steps, "init_sigma": config.init_sigma, "truncation": config.truncation}
+        return network_sampler(source.path, config.labels, dataset, device=place, **settings)
+
+    samplers = [sampler_of(source) for source in sources]
+    evaluator = Evaluator(
+        [spec.name for spec in specs],
+        references or None,
+        config.detector,
+        place,
+        config.batch,
+        config.perceptual,
+        config.cache,
+        config.workers,
+        distributed=distributed.world_size() > 1,
+    )
+    for sampler in samplers:
+        evaluator.check(sampler)
+    for warning in evaluator.warnings if shown else ():
+        print(f"note: {warning}", file=sys.stderr)
+    evaluator.prepare()
+    summaries = []
+    for source, sampler in zip(sources, samplers):
+        repeats = range(config.seed, config.seed + (config.seeds if source.is_network else 1))
+        results = _measure_one(evaluator, sampler, source.path.name, repeats, shown)
+        if shown and config.jsonl and source.is_network:
+            _record(source.path, results)
+        summaries += [compare.summarise(source.name, list(of_metric)) for of_metric in zip(*results)]
+    compare.add_differences(summaries)
+    result: dict[str, Any] = {"results": summaries, "warnings": evaluator.warnings}
+    if shown and config.grid:
+        _save_grid(config.grid, sources, samplers, config.seed)
+        result["grid"] = config.grid
+    return result
+
+
+def _registered_metrics(paths: Sequence[Path]) -> list[str]:
+    """Return the metrics that the registry recommends for the first network."""
     entry = registry.entry_for_path(paths[0]) if paths else None
     if not entry or not entry.get("metrics"):
         raise InputError(f"--metrics is needed: the registry recommends none; known are {FORMS}")
     return entry["metrics"]
 
 
-def _registered_statistics(paths: list[Path]) -> list[Path]:
-    """The statistics that the registry says belong to the networks, if it says one and the same for all."""
-    known = {registry.companion(path, "statistics") for path in paths} - {None}
+def _registered_statistics(paths: Sequence[Path]) -> list[Path]:
+    """Return the statistics that the registry says belong to the networks, if it says one and the same for all."""
+    companions = (registry.companion(path, "statistics") for path in paths)
+    known = {companion for companion in companions if companion is not None}
     if len(known) > 1:
         raise InputError("the networks have different references; measure them apart, or give --ref or --data")
     return list(known)
 
 
-def _measure_one(evaluator: Evaluator, sampler, path: Path, seeds: range, shown: bool) -> list[list]:
-    """The evaluator's results, for each seed."""
-    with terminal.progress(evaluator.num_images * len(seeds), f"measuring {path.name}", "img", enabled=shown) as bar:
+def _measure_one(
+    evaluator: Evaluator, sampler: Sampler, name: str, seeds: range, shown: bool
+) -> list[list[MetricResult]]:
+    """Return the evaluator's results for each seed."""
+    with terminal.progress(evaluator.num_images * len(seeds), f"measuring {name}", "img", enabled=shown) as bar:
         return [evaluator(sampler, seed=seed, progress=bar.update) for seed in seeds]
 
 
-def _record(path: Path, results: list[list]) -> None:
+def _record(path: Path, results: Sequence[Sequence[MetricResult]]) -> None:
     """Append to the metric files beside a network, unless that is where shipped and downloaded networks are."""
+    from di_refine.metrics.results import write_jsonl
+
     folder = path.resolve().parent
     if folder in (registry.pretrained_folder().resolve(), registry.cache_folder().resolve()):
         return
@@ -229,12 +328,15 @@ def _record(path: Path, results: list[list]) -> None:
         print(f"note: cannot write metric files into {folder} ({error.strerror or error})", file=sys.stderr)
 
 
-def _save_grid(grid: str, samplers: dict, seed: int) -> None:
+def _save_grid(grid: str, sources: Sequence[Source], samplers: Sequence[Sampler], seed: int) -> None:
+    """Write the first pictures of each source, several sources side by side."""
+    from di_refine.files import pictures
+
     Path(grid).parent.mkdir(parents=True, exist_ok=True)
     panels = []
-    for name, sampler in samplers.items():
-        count = min(GRID_IMAGES, getattr(sampler, "num_images", GRID_IMAGES))
-        panels.append((Path(name).name, sampler(0, count, seed)[0]))
+    for source, sampler in zip(sources, samplers):
+        count = GRID_IMAGES if sampler.num_images is None else min(GRID_IMAGES, sampler.num_images)
+        panels.append((Path(source.name).name, sampler(0, count, seed)[0]))
     if len(panels) == 1:
         pictures.save_grid(grid, panels[0][1])
     else:

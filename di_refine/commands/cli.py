@@ -1,43 +1,67 @@
-"""What every command shares: errors as one sentence, option types, devices, progress on stderr, results on stdout.
+"""What every command shares: errors as one sentence, grouped help, devices, and places to write to.
 
 A command is declared with `@command()` instead of `@click.command()`; nothing else is needed for its error handling:
 
     @cli.command()
-    @click.option("--batch", type=cli.Integer(1), default=64, help="Images per step.")
+    @click.option("--batch", type=cli.POSITIVE_INT, default=64, help="Draw this many images at once.")
     def main(batch):
         ...
         terminal.print_result({"batch": batch})
 
 Exit status: 0 done, 1 failed while running, 2 the user can mend it (options, files), 130 interrupted. Any other
 exception is a bug of ours and keeps its traceback.
+
+Below the commands, settings are written as `name=value` or in backquotes, in messages as in help texts. What is shown
+here has the spelling of the options: `batch_gpu=3` becomes --batch-gpu=3. PyTorch is imported only inside functions, so
+that `--help` is quick.
 """
+
+from __future__ import annotations
 
 import errno
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 from di_refine.errors import InputError, RunError
-from torch_utils import custom_ops, distributed
+from torch_utils.settings import GROUPS, SettingError
+
+if TYPE_CHECKING:
+    import torch
 
 CONTEXT = {"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]}
 
 MAX_LIST = 10_000_000  # a mistyped range such as 0-99999999999 must not eat the memory
 
+OPS = ("auto", "cuda", "native")  # of torch_utils.custom_ops.MODES, which imports PyTorch
+
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Errors
+# Commands
 
 
-class _OneSentence:
-    """Mixed into a click command: its failures are one sentence on stderr and an exit status."""
+class Option(click.Option):
+    """An option that `--help` shows under a heading.
+
+    Args:
+        group: the heading, one of `torch_utils.settings.GROUPS`.
+        arguments: as for `click.Option`.
+    """
+
+    def __init__(self, *arguments, group: str = "Options", **settings):
+        super().__init__(*arguments, **settings)
+        self.group = group
+
+
+class _OneSentence(click.Command):
+    """Mixed into a click command: its failures are one sentence on stderr and an exit status, its help has groups."""
 
     def main(self, args=None, prog_name=None, complete_var=None, standalone_mode=True, **extra):
         if not standalone_mode:
@@ -49,17 +73,32 @@ class _OneSentence:
             if failure is None:
                 raise
             status, sentence = failure
-            click.echo(sentence, err=True)
+            click.echo(spell(sentence, self), err=True)
             sys.exit(status)
         sys.exit(result if isinstance(result, int) else 0)  # click returns the status of `--help` and `ctx.exit()`
 
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None and not isinstance(param, click.Argument):  # the usage line shows arguments
+                groups.setdefault(getattr(param, "group", "Options"), []).append((record[0], spell(record[1], self)))
+        for name in sorted(groups, key=lambda group: (*GROUPS, group).index(group)):
+            with formatter.section(name):
+                formatter.write_dl(groups[name])
 
-class Command(_OneSentence, click.Command):
-    """A command with this project's error handling."""
+
+class Command(_OneSentence):
+    """A command with this project's error handling and help."""
 
 
 class Group(_OneSentence, click.Group):
     """A command of sub-commands, with this project's error handling."""
+
+    command_class = Command
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        click.Group.format_options(self, ctx, formatter)
 
 
 def command(**attributes) -> Callable[[Callable], Command]:
@@ -72,25 +111,54 @@ def group(**attributes) -> Callable[[Callable], Group]:
     return click.group(cls=Group, **{"context_settings": CONTEXT, **attributes})
 
 
+def spell(text: str, of: click.Command) -> str:
+    """A text with the settings in it spelled as the options of a command, or of its sub-commands."""
+    commands = [of, *(of.commands.values() if isinstance(of, click.Group) else [])]
+    flags = {
+        param.name: max(param.opts, key=len)
+        for each in commands
+        for param in each.params
+        if isinstance(param, click.Option)
+    }
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found["name"] or found["bare"], found["value"] or found["bare_value"] or ""
+        return flags[name] + value if name in flags else found[0].replace("`", "")
+
+    names = r"(?<![\w./-])(?P<bare>[a-z][a-z0-9_]*)(?P<bare_value>=)"
+    return re.sub(rf"`(?P<name>[a-z][a-z0-9_]*)(?P<value>=[^`]*)?`|{names}", flag, text)
+
+
 def describe(error: BaseException) -> tuple[int, str] | None:
     """Exit status and sentence for an exception, or None where it is a bug that should show its traceback."""
-    persistence = sys.modules.get("torch_utils.persistence")  # whoever raised its error has imported it
-    format_error = getattr(persistence, "NetworkFormatError", InputError)
     if isinstance(error, (click.Abort, KeyboardInterrupt)):
         return 130, "interrupted"
     if isinstance(error, click.UsageError):
         return 2, f"error: {_one_line(error.format_message()).rstrip('.')} (--help lists the options)"
     if isinstance(error, click.ClickException):
         return error.exit_code, f"error: {_one_line(error.format_message())}"
-    if isinstance(error, (InputError, format_error, distributed.DistributedError)):
+    # Whoever raised one of the others has imported its module.
+    if isinstance(error, (InputError, SettingError, *_known("persistence.NetworkFormatError"))):
         return 2, f"error: {_one_line(error)}"
-    if isinstance(error, (RunError, custom_ops.OpsUnavailable)):
+    if isinstance(error, _known("distributed.DistributedError")):
+        return 2, f"error: {_one_line(error)}"
+    if isinstance(error, (RunError, *_known("custom_ops.OpsUnavailable", "training.NotFiniteError"))):
         return 1, f"error: {_one_line(error)}"
-    if isinstance(error, torch.OutOfMemoryError):
+    if "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError):
         return 1, "error: out of GPU memory; use a smaller batch per GPU"
     if isinstance(error, OSError):
         return 1, f"error: {_one_line(_os_sentence(error))}"
     return None
+
+
+def _known(*names: str) -> tuple[type[BaseException], ...]:
+    """The exceptions of `torch_utils` by name, as far as their modules are imported."""
+    found = []
+    for name in names:
+        module, _, attribute = name.partition(".")
+        if f"torch_utils.{module}" in sys.modules:
+            found.append(getattr(sys.modules[f"torch_utils.{module}"], attribute))
+    return tuple(found)
 
 
 def _one_line(message: object) -> str:
@@ -106,68 +174,81 @@ def _os_sentence(error: OSError) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Option types
+# Types of options
 
 
-def option_name(param: click.Parameter | None) -> str:
-    """The spelling a user knows, '--batch-gpu', for messages."""
-    if param is None:
-        return "the value"
-    return param.opts[0] if param.opts and param.opts[0].startswith("-") else (param.name or "the value")
+class _Finite(click.ParamType):
+    """Mixed into a click type of floating-point numbers: NaN and infinity are refused."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
-class _Typed(click.ParamType):
-    """Converts text, and says `--option must be ..., not 'text'` where it cannot."""
-
-    wanted = ""
-
-    def parse(self, text: str) -> Any:
-        raise NotImplementedError
-
-    def convert(self, value, param, ctx):
-        try:
-            return self.parse(str(value)) if isinstance(value, (str, int, float)) else value
-        except ValueError:
-            raise click.UsageError(f"{option_name(param)} must be {self.wanted}, not {str(value)!r}", ctx) from None
+class _FiniteNumber(_Finite, click.types.FloatParamType):
+    pass
 
 
-class Integer(_Typed):
+class _FiniteRange(_Finite, click.FloatRange):
+    pass
+
+
+def Number(minimum: float | None = None, maximum: float | None = None, above: float | None = None) -> click.ParamType:
+    """The type of a finite number.
+
+    Args:
+        minimum, maximum: the number lies between them, ends included.
+        above: the number is larger than this.
+    """
+    if minimum is maximum is above is None:
+        return _FiniteNumber()
+    return _FiniteRange(minimum if above is None else above, maximum, min_open=above is not None)
+
+
+class Integer(click.IntRange):
     """A whole number, `minimum` to `maximum` inclusive."""
 
     name = "integer"
 
     def __init__(self, minimum: int | None = None, maximum: int | None = None):
-        self.minimum, self.maximum = minimum, maximum
-        self.wanted = "a whole number" + _bounds(minimum, maximum)
-
-    def parse(self, text: str) -> int:
-        return _in_bounds(int(text), self.minimum, self.maximum)
+        super().__init__(minimum, maximum)
 
 
-class Number(_Typed):
-    """A finite number, `minimum` to `maximum` inclusive, or strictly greater than `above`."""
+class WordOr(click.ParamType):
+    """One of some words, or what another type takes.
 
-    name = "number"
+    Args:
+        words: such as 'auto'.
+        other: the type of everything else.
+    """
 
-    def __init__(self, minimum: float | None = None, maximum: float | None = None, above: float | None = None):
-        self.minimum, self.maximum, self.above = minimum, maximum, above
-        self.wanted = "a number" + _bounds(minimum, maximum, above)
+    def __init__(self, words: tuple[str, ...], other: click.ParamType):
+        self.words, self.other = words, other
+        self.name = "|".join([*words, other.name])
 
-    def parse(self, text: str) -> float:
-        number = float(text)
-        if not math.isfinite(number) or (self.above is not None and number <= self.above):
-            raise ValueError
-        return _in_bounds(number, self.minimum, self.maximum)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in self.words:
+            return value
+        try:
+            return self.other.convert(value, param, ctx)
+        except click.BadParameter as error:
+            self.fail(f"{error.message.rstrip('.')}, nor is it {' or '.join(self.words)}.", param, ctx)
 
 
-class IntegerList(_Typed):
-    """Non-negative integers and ranges: '0-63', '1,5,8-10'."""
+class IntegerList(click.ParamType):
+    """Non-negative integers and ascending ranges: '0-63', '1,5,8-10'."""
 
     name = "list"
-    wanted = "a list of numbers and ascending ranges such as 0-63 or 1,5,8-10"
 
-    def parse(self, text: str) -> list[int]:
-        return parse_list(text)
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        try:
+            return parse_list(value) if isinstance(value, str) else value
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers and ascending ranges such as 0-63 or 1,5,8-10.", param, ctx)
 
 
 def parse_list(text: str) -> list[int]:
@@ -188,19 +269,6 @@ def parse_list(text: str) -> list[int]:
     return numbers
 
 
-def _bounds(minimum, maximum, above=None) -> str:
-    words = [f"greater than {above:g}"] if above is not None else []
-    words += [f"at least {minimum:g}"] if minimum is not None else []
-    words += [f"at most {maximum:g}"] if maximum is not None else []
-    return f" ({' and '.join(words)})" if words else ""
-
-
-def _in_bounds(number, minimum, maximum):
-    if (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
-        raise ValueError
-    return number
-
-
 POSITIVE_INT = Integer(minimum=1)
 NON_NEGATIVE_INT = Integer(minimum=0)
 POSITIVE_NUMBER = Number(above=0)
@@ -213,25 +281,33 @@ INT_LIST = IntegerList()
 
 device_option = click.option(
     "--device",
+    cls=Option,
+    group="Machine",
     default="auto",
     metavar="auto|cpu|mps|cuda[:N]",
-    help="Where to compute; auto is cuda, else mps, else cpu.",
+    help="Compute here; auto takes cuda, else mps, else the CPU.",
 )
 
 
 def _set_ops(_context, _param, value: str) -> None:
-    custom_ops.set_mode(value)
+    if value != "auto":
+        from torch_utils import custom_ops
+
+        custom_ops.set_mode(value)
 
 
 ops_option = click.option(
     "--ops",
-    type=click.Choice(custom_ops.MODES),
+    cls=Option,
+    group="Machine",
+    type=click.Choice(OPS),
     default="auto",
     envvar="DI_REFINE_OPS",
     show_envvar=True,
     expose_value=False,
     callback=_set_ops,
-    help="Form of upfirdn2d and bias_act: compiled where possible, compiled on CUDA or fail, PyTorch's own.",
+    help="Compile upfirdn2d and bias_act where that is possible (auto), insist on it (cuda), or use PyTorch's own "
+    "operators (native).",
 )
 
 
@@ -241,6 +317,8 @@ def pick_device(name: str | None = "auto") -> torch.device:
     Raises:
         InputError: naming --device, when it is not known or not there.
     """
+    import torch
+
     name = name or "auto"
     if name == "auto":
         has_mps = torch.backends.mps.is_available()

@@ -1,35 +1,53 @@
 """The command `python -m di_refine convert`: pickles to safetensors with JSON and back, generators to ONNX."""
 
-import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 from di_refine import terminal
 from di_refine.commands import cli
 from di_refine.errors import InputError
-from di_refine.files import onnx_export, registry, safetensors_pair
-from torch_utils import persistence
+
+if TYPE_CHECKING:
+    from di_refine.files.onnx_export import OneStepModel, StyleGAN2Model
 
 _FORMATS = {".pkl": "pickle", ".safetensors": "safetensors", ".json": "safetensors", ".onnx": "onnx"}
 _AVERAGES = ("G_ema", "ema")  # what people use a file for
 
 
 @cli.command()
-@click.option("--source", required=True, metavar="FILE|URL|NAME", help="A pickle, or NAME.safetensors with NAME.json.")
-@click.option("--dest", required=True, metavar="FILE", help="File to write; .pkl, .safetensors or .onnx says what.")
-@click.option("--overwrite/--no-overwrite", default=False, help="Replace the destination if it is there.")
-@click.option("--key", help="ONNX: which network of the source.  [default: G_ema, else ema]")
 @click.option(
-    "--noise-mode", type=click.Choice(["const", "none"]), default="const", help="ONNX of a StyleGAN2 network."
+    "--source",
+    required=True,
+    metavar="FILE|URL|NAME",
+    help="Read this pickle, or this pair of NAME.safetensors and NAME.json.",
 )
-@click.option("--truncation", type=cli.Number(), default=1.0, help="ONNX of a StyleGAN2 network: truncation psi.")
+@click.option(
+    "--dest",
+    required=True,
+    metavar="FILE",
+    help="Write this file; its ending, .pkl, .safetensors or .onnx, says in what form.",
+)
+@click.option("--overwrite/--no-overwrite", default=False, help="Replace the destination if it is there.")
+@click.option("--key", help="Export the network with this key of the source to ONNX.  [default: G_ema, else ema]")
+@click.option(
+    "--noise-mode",
+    type=click.Choice(["const", "none"]),
+    default="const",
+    help="Export a StyleGAN2 network to ONNX with its constant noise inputs, or without noise.",
+)
+@click.option(
+    "--truncation",
+    type=cli.Number(),
+    default=1.0,
+    help="Export a StyleGAN2 network to ONNX with this truncation psi; 1 truncates nothing.",
+)
 @click.option(
     "--init-sigma",
     type=cli.POSITIVE_NUMBER,
-    help="ONNX of a one-step EDM generator: its noise level.  [default: from the file]",
+    help="Export an EDM network to ONNX as a generator that makes an image in one step from this noise level.  "
+    "[default: from the file]",
 )
 @click.pass_context
 def main(ctx, source, dest, overwrite, key, noise_mode, truncation, init_sigma):
@@ -43,6 +61,13 @@ def main(ctx, source, dest, overwrite, key, noise_mode, truncation, init_sigma):
     Pickles and safetensors keep everything: networks, settings, embedded source. ONNX has the one generator, for any
     batch size, with the inputs z and (if conditional) c and the output images.
     """
+    # These, and those in _model, import PyTorch, which --help must not wait for.
+    import torch
+
+    from di_refine.files import onnx_export, registry, safetensors_pair
+    from di_refine.files.download import sha256_of
+    from torch_utils import persistence
+
     dest = Path(dest)
     form = _FORMATS.get(dest.suffix.lower())
     if form is None:
@@ -54,8 +79,8 @@ def main(ctx, source, dest, overwrite, key, noise_mode, truncation, init_sigma):
     )
     for output in outputs:
         cli.check_outfile(output, "--dest", overwrite)
-    path = registry.resolve(source, option="--source")
-    networks = load(path)
+    path = registry.resolve(source, setting="source")
+    networks = safetensors_pair.load_either(path)
     dest.parent.mkdir(parents=True, exist_ok=True)
     if form == "pickle":
         persistence.save(networks, dest)
@@ -69,20 +94,11 @@ def main(ctx, source, dest, overwrite, key, noise_mode, truncation, init_sigma):
         {
             "source": str(path),
             "dest": [str(output) for output in outputs],
-            "sha256": [hashlib.sha256(output.read_bytes()).hexdigest() for output in outputs],
+            "sha256": [sha256_of(output) for output in outputs],
             "networks": [name for name, value in networks.items() if isinstance(value, torch.nn.Module)],
             **({"opset": onnx_export.OPSET} if form == "onnx" else {}),
         }
     )
-
-
-def load(path: Path) -> dict[str, Any]:
-    """The networks in a pickle, or in a pair of `.safetensors` and `.json`.
-
-    Raises:
-        NetworkFormatError: not such a file.
-    """
-    return safetensors_pair.load(path) if path.suffix in safetensors_pair.SUFFIXES else persistence.load(path)
 
 
 def _refuse_onnx_options(ctx: click.Context) -> None:
@@ -92,18 +108,26 @@ def _refuse_onnx_options(ctx: click.Context) -> None:
             raise InputError(f"--{name.replace('_', '-')} is for --dest=...onnx")
 
 
-def _model(networks, path, key, noise_mode, truncation, init_sigma) -> tuple[str, torch.nn.Module]:
-    """The network to export under its name in the file, with the face it gets in ONNX."""
+def _model(
+    networks: dict[str, Any], path: Path, key: str | None, noise_mode: str, truncation: float, init_sigma: float | None
+) -> "tuple[str, StyleGAN2Model | OneStepModel]":
+    """Return the key of the network to export, and the network as a model of known inputs and outputs."""
+    import torch
+
+    from di_refine.files.networks import DENOISERS
+    from di_refine.files.onnx_export import OneStepModel, StyleGAN2Model
+    from stylegan2_ada.networks import Generator
+
     modules = [name for name, value in networks.items() if isinstance(value, torch.nn.Module)]
     key = key or next((name for name in _AVERAGES if name in modules), None)
-    if key not in modules:
+    if key is None or key not in modules:
         raise InputError(f"--key={key}: {path} holds {', '.join(modules) or 'no networks'}")
     net = networks[key]
-    if hasattr(net, "mapping") and hasattr(net, "synthesis"):
+    if isinstance(net, Generator):
         if init_sigma is not None:
             raise InputError(f"--init-sigma is for one-step EDM generators, and {key} is a StyleGAN2 generator")
-        return key, onnx_export.StyleGAN2Model(net, noise_mode, truncation)
-    if hasattr(net, "round_sigma"):
+        return key, StyleGAN2Model(net, noise_mode, truncation)
+    if isinstance(net, DENOISERS):
         sigmas = networks.get("distilled_sigmas", []) if init_sigma is None else [init_sigma]
         if len(sigmas) > 1:
             raise InputError(f"{path} makes images in {len(sigmas)} steps; only one-step generators go into ONNX files")
@@ -112,7 +136,7 @@ def _model(networks, path, key, noise_mode, truncation, init_sigma) -> tuple[str
                 f"--init-sigma is needed: {key} is an EDM network, which generates images in one step only if it was "
                 "distilled to do so, from that noise level"
             )
-        return key, onnx_export.OneStepModel(net, sigmas[0])
+        return key, OneStepModel(net, sigmas[0])
     raise InputError(f"--key={key} is a {type(net).__name__}, not a generator")
 
 

@@ -1,21 +1,35 @@
-"""Distil a diffusion model into a generator of one step or a few, without training data (Diff-Instruct)."""
+"""The command `distill.py`: a diffusion model becomes a generator of one step or a few, without training data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from di_refine.commands import cli
-from di_refine.commands.distillation import Distillation, DistillOptions
-from di_refine.commands.job import launch
-from di_refine.commands.options import click_options
-from di_refine.files import registry
+from di_refine.commands.config import DistillConfig, TeachConfig
+from di_refine.commands.options import make, options, resolve
+from di_refine.config import TrainerConfig
+from di_refine.errors import InputError
+from di_refine.metrics.config import MeasureConfig
+from di_refine.runs.config import LoopConfig, RunConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from di_refine.commands.job import Subject
+    from di_refine.denoisers import Denoiser
 
 
 @cli.command()
-@click_options(DistillOptions)
-@click.option("--dry-run", is_flag=True, help="Check everything, print the resolved options, and stop.")
+@options(TeachConfig, DistillConfig, LoopConfig, TrainerConfig, MeasureConfig, RunConfig)
+@click.option(
+    "--dry-run", is_flag=True, cls=cli.Option, group="What", help="Check everything, print the options, stop."
+)
 @cli.ops_option
 @cli.device_option
 @click.pass_context
-def main(context, dry_run, **values):
+def main(context, dry_run, device, **values):
     """Distil an EDM diffusion model into a generator that makes an image in one step, without any data.
 
     \b
@@ -26,9 +40,86 @@ def main(context, dry_run, **values):
     Options that are not given have the values of the preset. A teacher of the registry brings values for its size,
     which go before the preset's. --dry-run shows what results, and from where.
     """
-    teachers = [registry.resolve(name, option="--teacher") for name in values["teacher"]]
-    entry = (registry.entry_for_path(teachers[0]) if teachers else None) or {}
-    return launch(Distillation, DistillOptions, context, values, entry.get("distill", {}), dry_run)
+    # PyTorch is imported here and not above, so that --help is quick.
+    from di_refine.commands import job
+    from di_refine.files import registry
+    from torch_utils import distributed
+
+    if not values["teacher"]:
+        raise InputError("`teacher` is needed: name the EDM diffusion model to distil")
+    entry = registry.entry_for_path(registry.resolve(values["teacher"][0], "teacher")) or {}
+    values, sources = resolve(context, values, entry.get("distill", {}))
+    with distributed.process_group(cli.pick_device(device)) as place:
+        work = job.build(subject(make(DistillConfig, values), values["teacher"]), values, sources, place)
+        return job.dry_run(work) if dry_run else job.run(work)
+
+
+def subject(config: DistillConfig, teachers: tuple[str, ...]) -> Subject:
+    """The diffusion model to distil, and the generator that it becomes.
+
+    Args:
+        config: names the noise levels.
+        teachers: files, URLs or names; the first is the one that is distilled.
+
+    Raises:
+        InputError: a file is missing or holds something else, or the noise levels do not fit it.
+    """
+    from di_refine.commands.job import Subject
+    from di_refine.files import networks, registry
+    from di_refine.generators import DistilledGenerator
+
+    paths = [registry.resolve(name, "teacher") for name in teachers]
+    file = networks.load(paths[0], "teacher").require(networks.EDM, "teacher")
+    sigmas = step_levels(config, file.average)
+
+    def generator(net: torch.nn.Module, noise_mode: str) -> torch.nn.Module:
+        return DistilledGenerator(net, sigmas)
+
+    def snapshot(trainer) -> dict[str, Any]:
+        return {**file.networks, "ema": trainer.ema.net, "distilled_sigmas": sigmas}
+
+    return Subject(
+        command="distill",
+        config=config,
+        file=file,
+        label_dim=file.average.label_dim,
+        teachers=paths,
+        generator=generator,
+        snapshot=snapshot,
+        rows={"original": "start", "distilled": "distilled (last)", "best": "distilled (best)", "teacher": "teacher"},
+        facts={"distilled_sigmas": sigmas},
+    )
+
+
+def step_levels(config: DistillConfig, net: Denoiser) -> list[float]:
+    """The noise level of each step.
+
+    Raises:
+        InputError: they are no falling numbers, or the teacher does not know them.
+    """
+    from di_refine.generators import step_sigmas
+
+    sigmas = step_sigmas(config.student_steps, config.init_sigma)
+    if config.student_sigmas is not None:
+        try:
+            sigmas = [float(word) for word in config.student_sigmas.split(",")]
+        except ValueError:
+            raise InputError(
+                f"`student_sigmas` must be falling numbers such as 2.5,0.6, not {config.student_sigmas!r}"
+            ) from None
+        if len(sigmas) != config.student_steps:
+            raise InputError(
+                f"`student_sigmas` has {len(sigmas)} levels and `student_steps` is {config.student_steps}; give one "
+                "each"
+            )
+        if any(low >= high for high, low in zip(sigmas, sigmas[1:])):
+            raise InputError(f"student_sigmas={config.student_sigmas} must fall from step to step")
+    low, high = max(net.sigma_min, 0.002), min(net.sigma_max, 80.0)
+    for sigma in sigmas:
+        if not low <= sigma <= high:
+            name = "`init_sigma`" if config.student_sigmas is None else "`student_sigmas`"
+            raise InputError(f"{name}: {sigma:g} is outside of the teacher's noise levels, {low:g} to {high:g}")
+    return sigmas
 
 
 if __name__ == "__main__":

@@ -1,39 +1,44 @@
-"""Draw images from a network: a StyleGAN2 generator, a diffusion model, or a one-step generator."""
-
-from pathlib import Path
+"""The command `generate.py`: images from a StyleGAN2 generator, a diffusion model, or a one-step generator."""
 
 import click
-import torch
 
 from di_refine import terminal
 from di_refine.commands import cli
-from di_refine.errors import InputError
-from di_refine.files import pictures, registry
-from di_refine.generators import load_sampler
 
 
 @cli.command()
-@click.option("--network", required=True, metavar="FILE|URL|NAME", help="The network.")
+@click.option("--network", required=True, metavar="FILE|URL|NAME", help="Draw from this network.")
 @click.option(
-    "--seeds", type=cli.INT_LIST, default="0-63", metavar="LIST", help="One image each, as in 0-63 or 1,5,8-10."
+    "--seeds",
+    type=cli.INT_LIST,
+    default="0-63",
+    metavar="LIST",
+    help="Draw one image for each seed, as in 0-63 or 1,5,8-10.",
 )
 @click.option(
-    "--class", "label", type=cli.NON_NEGATIVE_INT, help="Class of all images.  [default: seed modulo classes]"
+    "--class", "label", type=cli.NON_NEGATIVE_INT, help="Draw images of this class.  [default: seed modulo classes]"
 )
-@click.option("--truncation", type=cli.Number(), default=1.0, help="Truncation psi; for StyleGAN2.")
-@click.option("--steps", type=cli.POSITIVE_INT, default=18, help="Sampling steps; for a diffusion model.")
+@click.option(
+    "--truncation", type=cli.Number(), default=1.0, help="Truncate a StyleGAN2 generator's w by this psi; 1 does not."
+)
+@click.option("--steps", type=cli.POSITIVE_INT, default=18, help="Sample a diffusion model with this many steps.")
 @click.option(
     "--init-sigma",
     type=cli.POSITIVE_NUMBER,
-    help="Use an EDM network as a one-step generator from this level.  [default: from the file]",
+    help="Use an EDM network as a one-step generator from this noise level.  [default: from the file]",
 )
 @click.option(
-    "--noise-mode", type=click.Choice(["const", "random", "none"]), default="const", help="Noise; for StyleGAN2."
+    "--noise-mode",
+    type=click.Choice(["const", "random", "none"]),
+    default="const",
+    help="Choose the noise inputs of a StyleGAN2 generator.",
 )
-@click.option("--grid/--no-grid", default=True, help="Also write all images as one picture, grid.png.")
-@click.option("--columns", type=cli.POSITIVE_INT, help="Images per row of the grid.  [default: about square]")
-@click.option("--batch", type=cli.POSITIVE_INT, default=64, help="Images per forward pass.")
-@click.option("--outdir", default="out", metavar="DIR", help="Where seed0000.png ... and grid.png go.")
+@click.option("--grid/--no-grid", default=True, help="Write all images as one picture, too: grid.png.")
+@click.option(
+    "--columns", type=cli.POSITIVE_INT, help="Put this many images into a row of the grid.  [default: about square]"
+)
+@click.option("--batch", type=cli.POSITIVE_INT, default=64, help="Draw this many images at once.")
+@click.option("--outdir", default="out", metavar="DIR", help="Write seed0000.png ... and grid.png to this folder.")
 @cli.ops_option
 @cli.device_option
 def main(network, seeds, label, truncation, steps, init_sigma, noise_mode, grid, columns, batch, outdir, device):
@@ -45,12 +50,18 @@ def main(network, seeds, label, truncation, steps, init_sigma, noise_mode, grid,
 
     On a CPU a seed gives the same pixels on every machine. The latents are those of the StyleGAN family's tools.
     """
-    device = cli.pick_device(device)
-    outdir = cli.check_outdir(outdir)
-    sampler = load_sampler(registry.resolve(network), steps, truncation, device, label, init_sigma=init_sigma)
-    if truncation != 1 and sampler.is_diffusion:
-        raise InputError("--truncation is for StyleGAN2 generators, this is a diffusion network")
-    outdir.mkdir(parents=True, exist_ok=True)
+    # PyTorch is imported here and not above, so that --help is quick.
+    import torch
+
+    from di_refine.files import pictures, registry
+    from di_refine.generators import load_sampler
+
+    place = cli.pick_device(device)
+    folder = cli.check_outdir(outdir)
+    sampler = load_sampler(
+        registry.resolve(network), steps, truncation, place, init_sigma=init_sigma, noise_mode=noise_mode, label=label
+    )
+    folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     with terminal.progress(len(seeds), "generating", "img") as bar:
         for start in range(0, len(seeds), batch):
@@ -59,15 +70,13 @@ def main(network, seeds, label, truncation, steps, init_sigma, noise_mode, grid,
             if sampler.label_dim:
                 classes = [seed % sampler.label_dim if label is None else label for seed in chunk]
                 labels[range(len(chunk)), classes] = 1
-            drawn.append(
-                pictures.to_uint8(sampler.images(chunk, labels, noise_seed=chunk[0], noise_mode=noise_mode)).cpu()
-            )
+            drawn.append(pictures.to_uint8(sampler.images(chunk, labels, noise_seed=chunk[0])).cpu())
             for seed, picture in zip(chunk, drawn[-1]):
-                pictures.save_png(outdir / f"seed{seed:04d}.png", picture)
+                pictures.save_png(folder / f"seed{seed:04d}.png", picture)
             bar.update(len(chunk))
     result = {"outdir": str(outdir), "images": len(seeds)}
     if grid:
-        path = Path(outdir) / "grid.png"
+        path = folder / "grid.png"
         pictures.save_grid(path, torch.cat(drawn), columns)
         result["grid"] = str(path)
     terminal.print_result(result)

@@ -1,38 +1,18 @@
-"""The command `python -m di_refine inspect`: what is in a network file, without building or executing any of it."""
+"""The command `python -m di_refine inspect`: it says what is in a network file."""
 
-import datetime
-import hashlib
-import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import torch
 
 from di_refine import terminal
 from di_refine.commands import cli
-from di_refine.files import download, registry, safetensors_pair
-from torch_utils import misc, persistence
-from torch_utils.persistence import TENSORFLOW_NETWORK, Record, printable
-
-_KINDS = {
-    "Generator": "stylegan2",
-    "Discriminator": "stylegan2",
-    TENSORFLOW_NETWORK: "stylegan2 (TensorFlow)",
-    "AugmentPipe": "augmentation",
-    **dict.fromkeys(("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"), "edm"),
-    **dict.fromkeys(("EDMLoss", "VPLoss", "VELoss"), "loss"),
-}
-_MAX_TEXT = 300  # characters of a value that are shown
-_OWN_MODULES = ("stylegan2_ada/networks.py", "stylegan2_ada/augment.py", "di_refine/edm/networks.py")
 
 
 @cli.command()
 @click.argument("network", metavar="FILE|URL|NAME")
 @click.option("--layers/--no-layers", default=False, help="List every tensor.")
-@click.option("--dump-source", metavar="DIR", help="Write the embedded source texts there, to be read.")
+@click.option("--dump-source", metavar="DIR", help="Write the embedded source texts into this folder, to be read.")
 def main(network, layers, dump_source):
     """Say what a network file holds: classes, constructor arguments, parameters, training options, embedded source.
 
@@ -43,13 +23,16 @@ def main(network, layers, dump_source):
     The official tools run the source text that a pickle carries; nothing here does. A text that was not seen before on
     this machine gets a warning: read it before opening the file with other tools.
     """
-    path = registry.resolve(network, option="NETWORK")
+    # These import PyTorch, which --help must not wait for.
+    from di_refine.files import network_report, registry
+    from torch_utils import misc
+
+    path = registry.resolve(network, setting="network")
     if dump_source is not None:
         cli.check_outdir(dump_source, "--dump-source")
-    report = inspect(path)
+    report, texts = network_report.describe(path)
     _print(report, layers)
-    texts = report.pop("_texts")
-    report["sources"] = judge_sources(texts, path.name)
+    report["sources"] = network_report.judge_sources(texts, path.name)
     for digest, verdict in report["sources"].items():
         where = "new: " if verdict["new"] else ""
         click.echo(f"source {digest[:16]}  {len(texts[digest])} characters, {where}{verdict['seen']}")
@@ -68,169 +51,6 @@ def main(network, layers, dump_source):
         for entry in report["networks"].values():
             del entry["tensor_list"]
     terminal.print_result(report)
-
-
-def inspect(path: Path) -> dict[str, Any]:
-    """What is in a network file.
-
-    Returns:
-        `file`, `bytes`, `sha256`, `networks` and `objects` (per key of the file: kind, class, constructor arguments,
-        counts), `settings` (all that is plain data), and `_texts`, the embedded source texts by SHA-256.
-
-    Raises:
-        NetworkFormatError: not a network file.
-    """
-    is_pair = path.suffix in safetensors_pair.SUFFIXES
-    content = safetensors_pair.load_records(path) if is_pair else persistence.load_records(path)
-    file = safetensors_pair.tensors_path(path) if is_pair else path
-    report: dict[str, Any] = {
-        "file": str(path),
-        "bytes": file.stat().st_size,
-        "sha256": download.sha256_of(file),
-        "networks": {},
-        "objects": {},
-        "settings": {},
-        "_texts": {},
-    }
-    for key, value in content.items():
-        key = printable(key)
-        if not isinstance(value, Record):
-            report["settings"][key] = _plain(value)
-            continue
-        for text in {layer.module_src for _, layer in _walk(value)} - {None}:
-            report["_texts"][_hash(text)] = text
-        entry = _describe(value)
-        report["networks" if entry["parameters"] else "objects"][key] = entry
-    return report
-
-
-def _describe(record: Record) -> dict[str, Any]:
-    layers = list(_walk(record))
-    tensors = [item for path, layer in layers for item in _tensors(path, layer)]
-    is_tf = record.class_name == TENSORFLOW_NETWORK
-    kwargs = record.state.get("static_kwargs") if is_tf else record.init_kwargs
-    return {
-        "kind": _KINDS.get(record.class_name, "other"),
-        "class": printable(record.class_name),
-        "init_args": _plain(record.init_args if isinstance(record.init_args, tuple) else ()),
-        "init_kwargs": _plain(kwargs if isinstance(kwargs, dict) else {}),
-        "parameters": sum(_size(item) for _, item in tensors if is_tf or isinstance(item, torch.nn.Parameter)),
-        "tensors": len(tensors),
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors}),
-        "layers": len(layers),
-        "source": None if record.module_src is None else _hash(record.module_src),
-        "tensor_list": {printable(name): list(tensor.shape) for name, tensor in tensors},
-    }
-
-
-def _size(tensor: Any) -> int:
-    return tensor.numel() if isinstance(tensor, torch.Tensor) else tensor.size
-
-
-def _walk(record: Record) -> Iterator[tuple[str, Record]]:
-    """The record and all below it with their full names and separators; each once, however they refer to each other."""
-    seen: set[int] = set()
-    pending = [("", record)]
-    while pending:
-        path, record = pending.pop()
-        if id(record) in seen or len(path) > _MAX_TEXT:
-            continue
-        seen.add(id(record))
-        yield path, record
-        for table, separator in (("_modules", "."), ("components", "/")):
-            children = [(name, item) for name, item in _entries(record, table) if isinstance(item, Record)]
-            pending += [(f"{path}{name}{separator}", item) for name, item in reversed(children)]
-
-
-def _tensors(path: str, record: Record) -> Iterator[tuple[str, Any]]:
-    """Parameters, buffers and TensorFlow variables of one layer with their full names."""
-    for table in ("_parameters", "_buffers"):
-        for name, tensor in _entries(record, table):
-            if isinstance(tensor, torch.Tensor):
-                yield f"{path}{name}", tensor
-    variables = record.state.get("variables")
-    for item in variables if isinstance(variables, list) else ():
-        if isinstance(item, tuple) and len(item) == 2:
-            value = np.float32(item[1]) if isinstance(item[1], float) else getattr(item[1], "value", None)
-            if isinstance(value, (np.ndarray, np.generic)):
-                yield f"{path}{printable(item[0])}", value
-
-
-def _entries(record: Record, table: str) -> list[tuple[Any, Any]]:
-    entries = record.state.get(table)
-    return list(entries.items()) if isinstance(entries, dict) else []
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _plain(value: Any, budget: list[int] | None = None) -> Any:
-    """A value for JSON: of limited length, whatever the file says."""
-    budget = [1000] if budget is None else budget
-    budget[0] -= 1
-    if budget[0] < 0:
-        return "..."
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, str):
-        return printable(value if len(value) <= _MAX_TEXT else value[:_MAX_TEXT] + "...")
-    if isinstance(value, dict):
-        return {printable(key): _plain(item, budget) for key, item in value.items() if budget[0] > 0}
-    if isinstance(value, (list, tuple, set)):
-        return [_plain(item, budget) for item in value if budget[0] > 0]
-    if isinstance(value, torch.Tensor):
-        return f"tensor {list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    return printable(value)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Source texts.
-
-
-def judge_sources(texts: dict[str, str], file_name: str) -> dict[str, dict[str, Any]]:
-    """Say of each embedded source text where it was seen before, and remember it.
-
-    Known are the texts of this project's own modules, and those of files inspected earlier, which the cache folder
-    keeps in `sources.json`.
-
-    Args:
-        texts: source texts by SHA-256.
-        file_name: the file that they are from.
-
-    Returns:
-        Per SHA-256: `new`, and `seen`, a sentence.
-    """
-    memory = registry.cache_folder() / "sources.json"
-    try:
-        remembered = json.loads(memory.read_text("utf-8"))
-        remembered = remembered if isinstance(remembered, dict) else {}
-    except (OSError, ValueError):
-        remembered = {}
-    own = {_module_hash(name): name for name in _OWN_MODULES}
-    today = datetime.date.today().isoformat()
-    result = {}
-    for digest in texts:
-        if digest in own:
-            result[digest] = {"new": False, "seen": f"this project's own {own[digest]}"}
-        elif digest in remembered:
-            result[digest] = {"new": False, "seen": f"first seen in {printable(remembered[digest])}"}
-        else:
-            result[digest] = {"new": True, "seen": "not seen before"}
-            remembered[digest] = f"{printable(file_name)} on {today}"
-    if any(verdict["new"] for verdict in result.values()):
-        try:
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            with misc.open_atomic(memory, "w") as file:
-                json.dump(remembered, file, indent=1)
-        except OSError:  # a read-only home: warn again next time
-            pass
-    return result
-
-
-def _module_hash(name: str) -> str | None:
-    path = Path(__file__).resolve().parents[2] / name
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def _print(report: dict[str, Any], layers: bool) -> None:

@@ -1,15 +1,13 @@
-"""What refining a generator and distilling a diffusion model have in common, from files to files.
+"""What `refine.py` and `distill.py` have in common: from options to a checked job, and from that to a trained network.
 
-`refinement.Refinement` and `distillation.Distillation` say what is trained; everything else is here: checks, the
-teacher, the trainer, the loop, measurements, the report.
+`build` loads and checks everything, before anything runs or is written. `dry_run` prints what `run` would do.
 """
 
 import copy
 import json
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,501 +15,357 @@ import click
 import numpy as np
 import torch
 
-from di_refine import noise, objectives, terminal
+from di_refine import denoisers, terminal
 from di_refine.bridge import Bridge
-from di_refine.commands import cli, sample_teacher
-from di_refine.commands.options import Options, resolve
+from di_refine.commands import cli, report
+from di_refine.commands.config import TeachConfig
+from di_refine.commands.options import make
+from di_refine.commands.training import Session, make_evaluator, recorded
+from di_refine.config import TrainerConfig
 from di_refine.critic import Critic
-from di_refine.denoisers import Ensemble
 from di_refine.edm.augment import AugmentPipe
 from di_refine.errors import InputError
-from di_refine.files import datasets, pictures, registry
-from di_refine.generators import NetworkSampler, averaged, load_kind, load_networks
+from di_refine.files import pictures, registry, teacher_samples
+from di_refine.files.datasets import ImageDataset, Stream
+from di_refine.files.networks import NetworkFile
+from di_refine.generators import DiffusionSampler, GeneratorSampler
+from di_refine.metrics.config import MeasureConfig
 from di_refine.metrics.evaluate import Evaluator
 from di_refine.runs import memory
-from di_refine.runs.loop import Loop, RunDirectory, Schedule, Snapshot, measure, open_run
-from di_refine.trainer import Trainer, TrainerConfig
+from di_refine.runs.config import LoopConfig, RunConfig
+from di_refine.trainer import Trainer
 from torch_utils import distributed
+from torch_utils.settings import Settings
 
 
-class Experiment(ABC):
-    """Loads and checks everything on creation, before anything runs or is written; then `run()`.
-
-    Args:
-        options: of the subclass's kind.
-        sources: where options come from that the user did not give, for the record.
-
-    Raises:
-        InputError: any option or file that does not fit; the message names it.
+@dataclass(frozen=True)
+class Subject:
+    """What is trained: a network, and what makes a generator and a file of it.
 
     Attributes:
-        original: the network that is trained, as it was; `label_dim` are its classes.
-        networks: what its file holds.
-        teacher: one denoiser, or an `Ensemble`.
+        command: 'refine' or 'distill'.
+        config: the settings of that command alone.
+        file: where the network comes from; its `average` is the network as it was.
+        label_dim: its classes.
+        teachers: files of the teachers.
+        generator: `(network, noise_mode) -> generator`.
+        snapshot: what a snapshot's file holds.
+        rows: keys of the JSON result, and the rows of the final table that they belong to.
+        facts: what the record says besides.
+        discriminator, augment_pipe: what came with the network, if anything.
     """
 
-    COMMAND = "refine"
-
-    ROWS = {"original": "original", "refined": "refined (last)", "best": "refined (best)", "teacher": "teacher"}
-    """Keys of the JSON result and the rows of the table they belong to."""
-
-    original: torch.nn.Module
-    networks: dict[str, Any]
-    network_path: Path
+    command: str
+    config: Settings
+    file: NetworkFile
     label_dim: int
+    teachers: list[Path]
+    generator: Callable[[Any, str], torch.nn.Module]
+    snapshot: Callable[[Trainer], dict[str, Any]]
+    rows: dict[str, str]
+    facts: dict[str, Any] = field(default_factory=dict)
+    discriminator: torch.nn.Module | None = None
+    augment_pipe: torch.nn.Module | None = None
 
-    def __init__(self, options: Options, sources: dict[str, str] | None = None):
-        self.options = o = options
-        self.sources = sources or {}
-        self._check_numbers()
-        self.device = cli.pick_device(o.device)
-        cli.check_outdir(o.outdir)
-        self.teacher_paths: list[Path] = []
-        self._load()
-        self.teacher = self._load_teachers()
-        self._check_pair()
-        self.class_probs = sample_teacher.class_probs(o.class_freq, self.label_dim)
-        self.dataset = self._dataset()
-        self.evaluator = self._evaluator("metrics")
-        self.final_evaluator = self._evaluator("final_metrics") or self.evaluator
-        names = ", ".join(path.name for path in self.teacher_paths)
-        if o.dropout == "matched" and not any(getattr(module, "dropout", 0) for module in self.teacher.modules()):
-            raise InputError(f"--dropout=matched has no effect: the teacher {names} was built without dropout")
-        wanted, found = AugmentPipe.edm().label_dim, self._augment_dim()
-        if o.augment and found != wanted:
-            raise InputError(
-                f"--augment needs a teacher with {wanted} augmentation labels, and {names} has {found or 'none'}; "
-                "leave it out"
-            )
-        if o.stop_if_worse and not self.evaluator:
-            raise InputError("--stop-if-worse goes by the first metric, and there is none; give --metrics")
 
-    # What subclasses say ----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Job:
+    """A subject with its settings, and everything that they name, loaded and checked.
 
-    @abstractmethod
-    def _load(self) -> None:
-        """Set `original`, `networks`, `network_path`, `label_dim` and `teacher_paths`."""
+    Attributes:
+        subject: what is trained.
+        teach, trainer, loop, run, measure: the settings.
+        sources: where settings come from that the user did not give.
+        device: where to compute.
+        teacher: one denoiser, or an `Ensemble`.
+        class_probs: how often classes are drawn, `[label_dim]`; None is equally often.
+        dataset: what `data` names, if anything.
+        evaluator, final_evaluator: what measures snapshots, and the table at the end; None measures nothing.
+    """
 
-    @abstractmethod
-    def _generator(self, net: torch.nn.Module) -> torch.nn.Module:
-        """A network with the trainer's face; has the network as its attribute `net`."""
+    subject: Subject
+    teach: TeachConfig
+    trainer: TrainerConfig
+    loop: LoopConfig
+    run: RunConfig
+    measure: MeasureConfig
+    sources: dict[str, str]
+    device: torch.device
+    teacher: torch.nn.Module
+    class_probs: np.ndarray | None
+    dataset: ImageDataset | None
+    evaluator: Evaluator | None
+    final_evaluator: Evaluator | None
 
-    @abstractmethod
-    def _sampler(self, net: torch.nn.Module) -> NetworkSampler:
-        """A network with the metrics' face."""
-
-    @abstractmethod
-    def _snapshot(self, trainer: Trainer) -> dict[str, Any]:
-        """What a snapshot's file holds."""
-
-    def _critic_networks(self) -> tuple[torch.nn.Module, Any] | None:
-        """The discriminator that came with the network and its augmentation, if any."""
-        return None
-
-    # ------------------------------------------------------------------------------------------------------------------
+    @property
+    def settings(self) -> tuple[Settings, ...]:
+        """All settings, the command's own first."""
+        return (self.subject.config, self.teach, self.trainer, self.loop, self.run, self.measure)
 
     def record(self) -> dict[str, Any]:
-        """What `training_options.json` and `--dry-run` say: every option, and what was looked up."""
-        net = self.original
+        """What `training_options.json` and `--dry-run` say: every setting, and what was looked up."""
+        net, final = self.subject.file.average, self.final_evaluator
         return {
-            "command": self.COMMAND,
-            **asdict(self.options),
+            "command": self.subject.command,
+            **recorded(*self.settings),
             "sources": self.sources,
             "device": str(self.device),
-            "network_file": str(self.network_path),
-            "teacher_files": [str(path) for path in self.teacher_paths],
+            "network_file": str(self.subject.file.path),
+            "teacher_files": [str(path) for path in self.subject.teachers],
             "data_file": None if self.dataset is None else str(self.dataset.path),
             "metrics": [spec.name for spec in self.evaluator.specs] if self.evaluator else [],
-            "final_metrics": [spec.name for spec in self.final_evaluator.specs] if self.final_evaluator else [],
+            "final_metrics": [spec.name for spec in final.specs] if final else [],
             "resolution": net.img_resolution,
             "channels": net.img_channels,
-            "classes": self.label_dim,
+            "classes": self.subject.label_dim,
             "generator_parameters": _count(net),
             "teacher_parameters": _count(self.teacher),
+            **self.subject.facts,
             "torch": torch.__version__,
         }
 
-    def print_record(self) -> int:
-        """What `--dry-run` does: print the record, readably and as the JSON result, with memory and files."""
-        if distributed.is_first():
-            record = {**self.record(), **self._needs()}
-            click.echo(json.dumps(record, indent=2), err=True)
-            terminal.print_result(record)
-        return 0
+    def sampler(self, net: torch.nn.Module, noise_mode: str = "random") -> GeneratorSampler:
+        """A sampler over a network of the subject's kind."""
+        return GeneratorSampler(self.subject.generator(net, noise_mode), self.device, class_probs=self.class_probs)
 
-    def _needs(self) -> dict[str, Any]:
-        """What a run will need: memory at the peak of an update, and room for its files."""
-        o = self.options
-        free = memory.free_memory(self.device)
-        trainer = self._trainer()
-        estimator = memory.Estimator(trainer)
-        images = None
-        if o.batch_gpu == "auto" and free is not None:
-            images = estimator.largest_within(memory.SAFETY * free)
-        estimate = estimator(images)
-        click.echo(f"memory: {estimate}", err=True)
-        ticks = math.ceil(o.kimg / o.tick)
-        # The newest, the best snapshot, and the one that is written before an old one goes.
-        counts = {
-            "network-snapshot": min(o.keep + 2, math.ceil(ticks / o.snap)),
-            "training-state": min(o.keep + 1, ticks),
-        }
-        files = {}
-        for name, size in memory.file_sizes(trainer, self._snapshot(trainer)).items():
-            files[name] = {"at_most": counts[name], "gib_each": memory.gib(size)}
-            click.echo(f"files: at most {counts[name]} {name} of {memory.gib(size):g} GiB each", err=True)
-        return {"memory": estimate.record(), "files": files}
-
-    def run(self) -> int:
-        """Train, measure, write, print the table and the JSON result; returns the exit status.
-
-        Progress goes to stderr. Of several processes all call it, and the first speaks.
-        """
-        o = self.options
-        note = self._choose_batch_gpu()
-        trainer = self._trainer()
-        desc = o.desc or f"{self.network_path.stem}-{o.objective}-batch{o.batch}"
-        directory, state = open_run(o.outdir, o.resume, desc, self.record())
-        directory.log(f"run directory: {directory.path}")
-        if note is not None:
-            directory.log(note)
-        for warning in self.evaluator.warnings if self.evaluator else ():
-            directory.log(f"warning: {warning}")
-
-        def evaluate():
-            # The untouched generator and every later average see the same latents, labels and noise.
-            name = f"network-snapshot-{trainer.nimg // 1000:06d}.pkl" if trainer.nimg else None
-            return self._measure(self.evaluator, self._sampler(trainer.ema.net), directory, name)
-
-        loop = Loop(
-            directory,
-            trainer,
-            Schedule(
-                total=max(round(o.kimg * 1000), 1),
-                tick=round(o.tick * 1000),
-                snap=o.snap,
-                quiet=round(o.score_warmup * 1000),
-                max_seconds=o.max_minutes and o.max_minutes * 60,
-                keep=o.keep,
-                stop_if_worse=o.stop_if_worse,
-            ),
-            networks=lambda: self._snapshot(trainer),
-            evaluate=evaluate if self.evaluator else None,
-            higher_is_better=bool(self.evaluator) and self.evaluator.specs[0].higher_is_better,
-            picture=lambda path: pictures.save_grid(
-                path, self._class_grid(trainer.ema.net), columns=10, scale=self._scale()
-            ),
-            status={
-                "score_loss": "score",
-                "score_gap": "|Dp-Dq|",
-                "ratio_loss": "ratio",
-                "generator_grad_norm": "|g|",
-            },
-            data_wait=self.reference and (lambda: self.reference.seconds),
-        )
-        if state is not None:
-            loop.resume(state)
-        loop()
-
-        rows = {}
-        if not interrupted(loop):  # who sends a signal does not want to wait for measurements
-            rows = self._final_rows(loop, trainer.ema.net, directory) if self.final_evaluator else {}
-            if distributed.is_first():
-                self._before_after(directory.path / "before_after.png", rows, trainer.ema.net)
-        directory.close()
-        if distributed.is_first():
-            self._report(loop, rows, directory)
-        return loop.exit_status
-
-    # Checks and files -------------------------------------------------------------------------------------------------
-
-    def _check_numbers(self) -> None:
-        o = self.options
-        if isinstance(o.batch_gpu, str) and o.batch_gpu != "auto":
-            raise InputError(f"--batch-gpu must be 'auto' or a whole number, not {o.batch_gpu!r}")
-        if o.batch_gpu and o.batch_gpu != "auto" and o.batch % o.batch_gpu:
-            raise InputError(f"--batch={o.batch} is not divisible by --batch-gpu={o.batch_gpu}")
-        if o.kimg <= o.score_warmup:
-            raise InputError(
-                f"--kimg={o.kimg:g} ends before the generator moves, which is after --score-warmup={o.score_warmup:g}"
-            )
-        if o.alpha is not None and o.objective != "sid":
-            raise InputError(f"--alpha belongs to --objective=sid, not to --objective={o.objective}")
-        known = objectives.get(o.objective)
-        if o.detach_ratio and not (o.objective.startswith("uni-") and known.needs_ratio):
-            raise InputError(f"--detach-ratio belongs to objectives such as uni-fkl, not to --objective={o.objective}")
-        if o.tmax != 800 and o.sigma_dist != "edm-grid":
-            raise InputError(f"--tmax={o.tmax:g} belongs to --sigma-dist=edm-grid; give both, or leave it out")
-        if o.data is not None and not (known.needs_ratio or o.adversarial_weight):
-            raise InputError(
-                f"--data has no part in --objective={o.objective}, which needs none; leave it out, or give "
-                "--adversarial-weight, too"
-            )
-        if o.data is None and (known.needs_ratio or o.adversarial_weight):
-            what = f"--objective={o.objective}" if known.needs_ratio else "--adversarial-weight"
-            raise InputError(
-                f"{what} needs --data: real images, or samples of the teacher from python -m di_refine sample-teacher"
-            )
-
-    def _load_teachers(self) -> torch.nn.Module:
-        """The denoiser of the first teacher, or the ensemble of all."""
-        loaded = []
-        for path in self.teacher_paths:
-            loaded.append(averaged(load_kind(path, "edm", "--teacher")))
-        ensemble = Ensemble(loaded, self.options.teacher_weight or None)
-        return ensemble if len(loaded) > 1 else loaded[0]
-
-    def _check_pair(self) -> None:
-        """Check that network and teacher speak of the same classes; sizes are the bridge's business."""
-        own, theirs = self.label_dim, self.teacher.label_dim
-        if own != theirs:
-            wanted = f"a teacher with {own} classes" if own else "an unconditional teacher"
-            raise InputError(
-                f"--teacher does not fit --network: it has {theirs or 'no'} classes and the generator "
-                f"{own or 'none'}; use {wanted}"
-            )
-        Bridge(*self._image(self.original), *self._image(self.teacher))
-
-    def _dataset(self) -> datasets.ImageDataset | None:
-        """What `--data` names, checked against the generator, or where it may be, the teacher."""
-        o = self.options
-        if o.data is None:
-            return None
-        path = Path(o.data)
-        if o.data == "teacher":
-            if len(self.teacher_paths) > 1:
-                raise InputError("--data=teacher has samples of one teacher, not of several together; give real images")
-            path = sample_teacher.cached_samples(self.teacher_paths[0])
-            if path is None:
-                raise InputError(
-                    "--data=teacher: nothing has been sampled from this teacher yet; run "
-                    f"python -m di_refine sample-teacher --teacher={self.teacher_paths[0]}"
-                )
-        dataset = datasets.ImageDataset(registry.resolve(path, option="--data"))
-        fits_teacher = (dataset.num_channels, dataset.resolution) == self._image(self.teacher)
-        if not fits_teacher or self._uses_critic():
-            channels, resolution = self._image(self.original)
-            dataset.check_compatible(resolution, channels, what="generator")
-        if self.label_dim and dataset.label_dim != self.label_dim:
-            raise InputError(
-                f"--data={o.data} has {dataset.label_dim} classes, but the generator is conditional on {self.label_dim}"
-            )
-        drawn = np.ones(self.label_dim) if self.class_probs is None else self.class_probs
-        if self.label_dim and (missing := np.flatnonzero((dataset.class_frequencies() == 0) & (drawn > 0))).size:
-            raise InputError(f"--data={o.data} has no image of class {missing[0]}, which the generator draws")
-        return dataset
-
-    def _evaluator(self, option: str) -> Evaluator | None:
-        """The metrics of `--metrics` or `--final-metrics`, or those the registry recommends for the network."""
-        o = self.options
-        given = getattr(o, option)
-        names = [] if given in (None, "none", "") else given.split(",")
-        if given is None and o.metrics != "none":
-            names = (registry.entry_for_path(self.network_path) or {}).get(option, [])
-        if not names:
-            return None
-        reference = o.ref or registry.companion(self.network_path, "statistics")
-        several = distributed.world_size() > 1
-        return Evaluator(names, reference, o.detector, self.device, workers=o.workers, distributed=several)
-
-    # Training ---------------------------------------------------------------------------------------------------------
-
-    def _choose_batch_gpu(self) -> str | None:
-        """Replace `--batch-gpu=auto` by a number; returns what to log."""
-        o = self.options
-        if o.batch_gpu != "auto":
-            return None
-        share = distributed.share(o.batch)
-        number, how = memory.choose(self._trainer, share.stop - share.start, self.device)
-        self.options, self.sources = replace(o, batch_gpu=number), {**self.sources, "batch_gpu": "auto"}
-        return f"--batch-gpu=auto: {number} images per forward pass ({how})"
-
-    def _trainer(self, batch_gpu: int | None = None) -> Trainer:
-        """A trainer on copies of the networks; `batch_gpu` goes before the option."""
-        o = self.options
-        if batch_gpu is None and o.batch_gpu != "auto":
-            batch_gpu = o.batch_gpu
-        generator = self._generator(copy.deepcopy(self.original)).to(self.device)
-        teacher = copy.deepcopy(self.teacher).to(self.device, memory_format=torch.channels_last)
-        student = copy.deepcopy(teacher.teachers[0]) if isinstance(teacher, Ensemble) else None
-        low, high = self.teacher.sigma_min, self.teacher.sigma_max
-        lognormal = noise.LogNormal(o.sigma_mean, o.sigma_std, low, high)
-        grid = noise.EdmGrid(max(0.002, low), min(80.0, high), tmax=o.tmax)
-        config = TrainerConfig(
-            objective=o.objective,
-            weight=o.weight,
-            normalize=o.normalize,
-            alpha=o.alpha,
-            detach_ratio=o.detach_ratio,
-            lr=o.lr,
-            score_lr=o.score_lr,
-            ratio_lr=o.ratio_lr,
-            betas=(o.beta1, 0.999),
-            batch=o.batch,
-            batch_gpu=batch_gpu,
-            sigma=grid if o.sigma_dist == "edm-grid" else lognormal,
-            score_sigma=lognormal if o.sigma_dist == "edm-grid" else None,
-            score_steps=o.score_steps,
-            score_warmup=round(o.score_warmup * 1000),
-            ratio_weight=o.ratio_weight,
-            ratio_clamp=o.ratio_clamp,
-            ratio_r1=o.ratio_r1,
-            ratio_spectral_norm=o.ratio_spectral_norm,
-            adversarial_weight=o.adversarial_weight,
-            ema_nimg=o.ema_kimg * 1000,
-            dropout=o.dropout,
-            precision=o.precision,
-            teacher_precision=o.teacher_precision,
-            score_precision=o.score_precision,
-            generator_precision=o.generator_precision,
-            max_grad_norm=o.max_grad_norm,
-            checkpoint_score=o.checkpoint_score,
-            class_probs=self.class_probs,
-            sigma_data=getattr(self.teacher, "sigma_data", 0.5),
-            seed=o.seed,
-        )
-        self.reference = None
-        if self.dataset is not None:
-            labels = self.label_dim > 0
-            self.reference = datasets.Stream(self.dataset, o.batch, o.seed, self.device, o.workers, labels)
-        own, theirs = self._image(self.original), self._image(self.teacher)
-        return Trainer(
-            generator,
-            teacher,
-            config,
-            student,
-            bridge=Bridge(*own, *theirs) if own != theirs else None,
-            reference=self.reference,
-            critic=self._critic(),
-            augment=AugmentPipe.edm(o.augment) if o.augment else None,
-        )
-
-    def _uses_critic(self) -> bool:
-        return self.options.adversarial_weight > 0 and self._critic_networks() is not None
-
-    def _critic(self) -> Critic | None:
-        if not self._uses_critic():
-            return None
-        net, augment = copy.deepcopy(self._critic_networks())
-        if augment is not None:
-            augment = augment.to(self.device)
-        return Critic(net.to(self.device), self.options.gamma, augment)
-
-    def _augment_dim(self) -> int:
-        first = self.teacher.teachers[0] if isinstance(self.teacher, Ensemble) else self.teacher
-        layer = getattr(first.model, "map_augment", None)
-        return layer.in_features if layer is not None else 0
-
-    @staticmethod
-    def _image(net: torch.nn.Module) -> tuple[int, int]:
-        return net.img_channels, net.img_resolution
-
-    # Measuring --------------------------------------------------------------------------------------------------------
-
-    def _teacher_sampler(self) -> NetworkSampler:
-        own, theirs = self._image(self.original), self._image(self.teacher)
-        return NetworkSampler(
-            self.teacher,
-            self.device,
-            self.options.teacher_steps,
-            class_probs=self.class_probs,
-            bridge=Bridge(*theirs, *own) if own != theirs else None,
-        )
-
-    def _measure(
-        self, evaluator: Evaluator, sampler: NetworkSampler, directory: RunDirectory, snapshot: str | None
-    ) -> dict[str, float]:
-        return measure(evaluator, sampler, self.options.seed, directory, snapshot)
-
-    def _final_rows(self, loop: Loop, net: torch.nn.Module, directory: RunDirectory) -> dict[str, dict[str, float]]:
-        """What the table says: final metrics of the original, the last, the best and the teacher."""
-        snapshots = dict(zip(self.ROWS.values(), (loop.first, loop.last, loop.best)))
-        if self.final_evaluator is self.evaluator:
-            rows = {row: snapshot.results for row, snapshot in snapshots.items()}
-        else:
-            nets = {loop.first.path: self.original, loop.last.path: net}
-            by_path: dict[Path | None, dict[str, float]] = {}
-            for path in (snapshot.path for snapshot in snapshots.values()):
-                if path not in by_path:
-                    which = nets[path] if path in nets else averaged(load_networks(path)[1])
-                    sampler = self._sampler(which)
-                    by_path[path] = self._measure(self.final_evaluator, sampler, directory, path and path.name)
-            rows = {row: by_path[snapshot.path] for row, snapshot in snapshots.items()}
-        directory.log("measuring the teacher")
-        rows["teacher"] = self._measure(self.final_evaluator, self._teacher_sampler(), directory, None)
-        return rows
-
-    def _class_grid(self, net: torch.nn.Module, rows: int = 8) -> torch.Tensor:
-        """Ten columns of samples from fixed latents; the columns are classes where there are any."""
-        seeds = list(range(10 * rows))
-        sampler = self._sampler(net)
-        labels = torch.zeros(len(seeds), sampler.label_dim)
-        if sampler.label_dim:
-            columns = (
-                torch.arange(10) * sampler.label_dim // 10
-                if sampler.label_dim > 10
-                else torch.arange(10) % sampler.label_dim
-            )
-            labels[torch.arange(len(seeds)), columns.repeat(rows)] = 1
-        return pictures.to_uint8(sampler.images(seeds, labels, noise_mode="const"))
-
-    def _scale(self) -> int:
-        return max(1, 32 // self.original.img_resolution)
-
-    def _before_after(self, path: Path, rows: dict[str, dict[str, float]], net: torch.nn.Module) -> None:
-        panels = []
-        for row, which in zip(self.ROWS.values(), (self.original, net)):
-            values = "  ".join(f"{name} {value:.3g}" for name, value in list(rows.get(row, {}).items())[:1])
-            title = row.removesuffix(" (last)")
-            panels.append((f"{title}\n{values}" if values else title, self._class_grid(which)))
-        pictures.save_side_by_side(path, panels, columns=10)
-
-    def _report(self, loop: Loop, rows: dict[str, dict[str, float]], directory: RunDirectory) -> None:
-        last, best = (snapshot or Snapshot(0, None) for snapshot in (loop.last, loop.best))  # none yet: an early signal
-        result: dict[str, Any] = {
-            "run_dir": directory.path,
-            "snapshot": last.path,
-            "best_snapshot": best.path,
-            "images_per_sec": loop.images_per_sec,
-            "kimg": loop.trainer.nimg / 1000,
-            "stopped": loop.stopped,
-        }
-        if rows:
-            names = list(next(iter(rows.values())))
-            terminal.table([[row, *map(results.get, names)] for row, results in rows.items()], ["network", *names])
-            values = {key: rows[row][names[0]] for key, row in self.ROWS.items()}
-            result = {"metric": names[0], **values, **result, "all": rows}
-        terminal.print_result(result)
+    def teacher_sampler(self) -> DiffusionSampler:
+        """A sampler over the teacher, whose images have the size and colour of the generator's."""
+        own, theirs = _image(self.subject.file.average), _image(self.teacher)
+        bridge = Bridge(*theirs, *own) if own != theirs else None
+        steps = self.teach.teacher_steps
+        return DiffusionSampler(self.teacher, self.device, steps, class_probs=self.class_probs, bridge=bridge)
 
 
-def launch(
-    kind: type[Experiment],
-    options: type[Options],
-    context: click.Context,
-    values: dict[str, Any],
-    recommended: Mapping[str, Any],
-    dry_run: bool,
-) -> int:
-    """What a command does with the options it was given; returns its exit status.
+# ----------------------------------------------------------------------------------------------------------------------
+# Building
+
+
+def build(subject: Subject, values: dict[str, Any], sources: dict[str, str], device: torch.device) -> Job:
+    """Load and check everything that the options name.
 
     Args:
-        kind: of experiment.
-        options: the class of its options.
-        context: of the command.
-        values: as the command received them.
-        recommended: by the registry, see `options.resolve`.
-        dry_run: only print what would be done.
+        subject: what is trained.
+        values: the options.
+        sources: where those come from that the user did not give.
+        device: where to compute.
+
+    Raises:
+        InputError, SettingError: an option or file that does not fit; the message names it.
     """
-    values, sources = resolve(context, values, recommended)
-    with distributed.process_group(cli.pick_device(values["device"])) as device:
-        experiment = kind(options(**{**values, "device": str(device)}), sources)
-        return experiment.print_record() if dry_run else experiment.run()
+    class_freq = values["class_freq"]
+    class_probs = teacher_samples.class_probs(class_freq, subject.label_dim)
+    teach, loop, run = make(TeachConfig, values), make(LoopConfig, values), make(RunConfig, values)
+    trainer, measure = make(TrainerConfig, values), make(MeasureConfig, values)
+    trainer = replace(trainer, class_probs=None if class_probs is None else class_probs.tolist())
+    if not trainer.divergence().needs_student:
+        raise InputError(f"objective={trainer.objective} is for generators without randomness; choose another one")
+    if loop.kimg <= trainer.score_warmup:
+        raise InputError(
+            f"kimg={loop.kimg:g} ends before the generator moves, which is after score_warmup={trainer.score_warmup:g}"
+        )
+    cli.check_outdir(run.outdir)
+    teachers = [denoisers.load_denoiser(path) for path in subject.teachers]
+    ensemble = denoisers.Ensemble(teachers, teach.teacher_weight or None)
+    teacher = ensemble if len(teachers) > 1 else teachers[0]
+    _check_teacher(subject, teacher, trainer)
+    dataset = _dataset(subject, teacher, teach, trainer, class_probs)
+    entry = registry.entry_for_path(subject.file.path) or {}
+
+    def evaluator(names: str | None, recommended: list[str]) -> Evaluator | None:
+        reference = measure.ref or registry.companion(subject.file.path, "statistics")
+        return make_evaluator(names, recommended, reference, measure, device, teach.workers)
+
+    at_snapshots = evaluator(measure.metrics, entry.get("metrics", []))
+    recommended = entry.get("final_metrics", []) if measure.metrics != "none" else []
+    at_end = evaluator(measure.final_metrics, recommended) or at_snapshots
+    if loop.stop_if_worse and at_snapshots is None:
+        raise InputError("`stop_if_worse` goes by the first metric, and there is none; give `metrics`")
+    return Job(
+        subject,
+        teach,
+        trainer,
+        loop,
+        run,
+        measure,
+        sources,
+        device,
+        teacher,
+        class_probs,
+        dataset,
+        at_snapshots,
+        at_end,
+    )
 
 
-def interrupted(loop: Loop) -> bool:
-    """Whether a signal ended it."""
-    return loop.stopped is not None and loop.stopped.startswith("SIG")
+def _check_teacher(subject: Subject, teacher: torch.nn.Module, config: TrainerConfig) -> None:
+    """Check that the teacher has the network's classes and what the settings want of it; sizes are the bridge's."""
+    own, theirs = subject.label_dim, teacher.label_dim
+    if own != theirs:
+        wanted = f"a teacher with {own} classes" if own else "an unconditional teacher"
+        raise InputError(
+            f"`teacher` does not fit the network: it has {theirs or 'no'} classes and the generator {own or 'none'}; "
+            f"use {wanted}"
+        )
+    Bridge(*_image(subject.file.average), *_image(teacher))
+    names = ", ".join(path.name for path in subject.teachers)
+    if config.dropout == "matched" and not denoisers.has_dropout(teacher):
+        raise InputError(f"dropout=matched has no effect: the teacher {names} was built without dropout")
+    needed, found = AugmentPipe.edm().label_dim, denoisers.augment_dim(teacher)
+    if config.augment and found != needed:
+        raise InputError(
+            f"`augment` needs a teacher with {needed} augmentation labels, and {names} has {found or 'none'}; leave it "
+            "out"
+        )
+
+
+def _dataset(
+    subject: Subject,
+    teacher: torch.nn.Module,
+    teach: TeachConfig,
+    config: TrainerConfig,
+    class_probs: np.ndarray | None,
+) -> ImageDataset | None:
+    """What `data` names, checked against the generator, or where it may be, the teacher."""
+    if teach.data is None and config.needs_reference:
+        what = f"objective={config.objective}" if config.divergence().needs_ratio else "`adversarial_weight`"
+        raise InputError(
+            f"{what} needs `data`: real images, or samples of the teacher from python -m di_refine sample-teacher"
+        )
+    if teach.data is None:
+        return None
+    if not config.needs_reference:
+        raise InputError(
+            f"`data` has no part in objective={config.objective}, which needs none; leave it out, or give "
+            "`adversarial_weight`, too"
+        )
+    path = Path(teach.data)
+    if teach.data == "teacher":
+        if len(subject.teachers) > 1:
+            raise InputError("data=teacher has samples of one teacher, not of several together; give real images")
+        samples = teacher_samples.cached_samples(subject.teachers[0])
+        if samples is None:
+            raise InputError(
+                "data=teacher: nothing has been sampled from this teacher yet; run python -m di_refine sample-teacher "
+                f"--teacher={subject.teachers[0]}"
+            )
+        path = samples
+    dataset = ImageDataset(registry.resolve(path, "data"))
+    critic = config.adversarial_weight > 0 and subject.discriminator is not None
+    if critic or (dataset.num_channels, dataset.resolution) != _image(teacher):
+        channels, resolution = _image(subject.file.average)
+        dataset.check_compatible(resolution, channels, what="generator")
+    classes = subject.label_dim
+    if classes and dataset.label_dim != classes:
+        raise InputError(
+            f"data={teach.data} has {dataset.label_dim} classes, but the generator is conditional on {classes}"
+        )
+    drawn = np.ones(classes) if class_probs is None else class_probs
+    if classes and (missing := np.flatnonzero((dataset.class_frequencies() == 0) & (drawn > 0))).size:
+        raise InputError(f"data={teach.data} has no image of class {missing[0]}, which the generator draws")
+    return dataset
+
+
+def make_trainer(job: Job, batch_gpu: int | None = None) -> tuple[Trainer, Stream | None]:
+    """A trainer on copies of the networks, and the stream of images that it reads, if it reads one.
+
+    Args:
+        job: what to train.
+        batch_gpu: goes before the setting.
+    """
+    config, subject, device = job.trainer, job.subject, job.device
+    if batch_gpu is not None or config.batch_gpu == "auto":
+        config = replace(config, batch_gpu=batch_gpu)
+    generator = subject.generator(copy.deepcopy(subject.file.average), "random").to(device)
+    teacher = copy.deepcopy(job.teacher).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    own, theirs = _image(subject.file.average), _image(job.teacher)
+    stream = critic = None
+    if job.dataset is not None:
+        stream = Stream(job.dataset, config.batch, config.seed, device, job.teach.workers, subject.label_dim > 0)
+    if config.adversarial_weight > 0 and subject.discriminator is not None:
+        pipe = copy.deepcopy(subject.augment_pipe)
+        pipe = None if pipe is None else pipe.to(device)
+        critic = Critic(copy.deepcopy(subject.discriminator).to(device), config.gamma, pipe)
+    bridge = Bridge(*own, *theirs) if own != theirs else None
+    return Trainer(generator, teacher, config, bridge=bridge, reference=stream, critic=critic), stream
+
+
+def _image(net: Any) -> tuple[int, int]:
+    return net.img_channels, net.img_resolution
 
 
 def _count(net: torch.nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running
+
+
+def dry_run(job: Job) -> int:
+    """Print the record, readably and as the JSON result, with the memory and files that a run needs."""
+    if not distributed.is_first():
+        return 0
+    trainer, _ = make_trainer(job)
+    needs: dict[str, float] = {f"{name}_gib": memory.gib(size) for name, size in memory.tensor_sizes(trainer).items()}
+    parts = ", ".join(f"{name.removesuffix('_gib')} {size:g} GiB" for name, size in needs.items())
+    click.echo(f"memory per device, besides activations: {parts}", err=True)
+    ticks = math.ceil(job.loop.kimg / job.loop.tick)
+    # The newest, the best snapshot, and the one that is written before an old one goes.
+    counts = {
+        "network-snapshot": min(job.loop.keep + 2, math.ceil(ticks / job.loop.snap)),
+        "training-state": min(job.loop.keep + 1, ticks),
+    }
+    files = {}
+    for name, size in memory.file_sizes(trainer, job.subject.snapshot(trainer)).items():
+        files[name] = {"at_most": counts[name], "gib_each": memory.gib(size)}
+        click.echo(f"files: at most {counts[name]} {name} of {memory.gib(size):g} GiB each", err=True)
+    needs["trained_parameters"] = memory.trained_parameters(trainer)
+    record = {**job.record(), "memory": needs, "files": files}
+    click.echo(json.dumps(record, indent=2), err=True)
+    terminal.print_result(record)
+    return 0
+
+
+def run(job: Job) -> int:
+    """Train, measure, write, print the table and the JSON result; returns the exit status.
+
+    Progress goes to stderr. Of several processes all call it, and the first speaks.
+    """
+    notes = [f"warning: {warning}" for warning in (job.evaluator.warnings if job.evaluator else ())]
+    if job.trainer.batch_gpu == "auto":
+        share = distributed.share(job.trainer.batch)
+        images, how = memory.choose(lambda n: make_trainer(job, n)[0], share.stop - share.start, job.device)
+        job = replace(
+            job,
+            trainer=replace(job.trainer, batch_gpu=images),
+            sources={**job.sources, "batch_gpu": "auto"},
+        )
+        notes.insert(0, f"--batch-gpu=auto: {images} images per forward pass ({how})")
+    trainer, stream = make_trainer(job)
+    subject = job.subject
+    scale = max(1, 32 // subject.file.average.img_resolution)
+    session = Session(
+        trainer=trainer,
+        loop=job.loop,
+        run=job.run,
+        settings=tuple(type(part) for part in job.settings),
+        description=job.run.desc or f"{subject.file.path.stem}-{job.trainer.objective}-batch{job.trainer.batch}",
+        record=job.record(),
+        networks=lambda: subject.snapshot(trainer),
+        sampler=lambda: job.sampler(trainer.ema.net),
+        picture=lambda path: pictures.save_grid(
+            path, report.class_grid(job.sampler(trainer.ema.net, "const")), columns=10, scale=scale
+        ),
+        status={"score_loss": "score", "score_gap": "|Dp-Dq|", "ratio_loss": "ratio", "generator_grad_norm": "|g|"},
+        evaluator=job.evaluator,
+        seed=job.trainer.seed,
+        warmup=job.trainer.warmup_nimg,
+        data_wait=None if stream is None else lambda: stream.seconds,
+    )
+    directory, state = session.open()
+    directory.log(f"run directory: {directory.path}")
+    for note in notes:
+        directory.log(note)
+    loop = session.train(directory, state)
+    report.finish(job, loop, trainer.ema.net, directory)
+    return loop.exit_status

@@ -1,4 +1,4 @@
-"""The command `python -m di_refine zoo`: public networks, data and statistics, listed, fetched and verified."""
+"""The command `python -m di_refine zoo`: it lists, fetches and verifies public networks, data and statistics."""
 
 import click
 
@@ -11,16 +11,16 @@ from di_refine.files.download import sha256_of
 
 @cli.group()
 def main():
-    """Public networks, data and statistics: what there is, getting it, checking it.
+    """List, fetch and verify the public networks, data and statistics that the registry names.
 
     Downloads go to $DI_REFINE_CACHE, else ~/.cache/di-refine. DI_REFINE_OFFLINE=1 forbids them for every command.
     """
 
 
 @main.command("list")
-@click.option("--kind", type=click.Choice(registry.KINDS), help="Only these.")
+@click.option("--kind", type=click.Choice(registry.KINDS), help="List only entries of this kind.")
 def list_(kind):
-    """Say what names there are, and which of their files are on this machine."""
+    """List the names, and say which of their files are on this machine."""
     names = [name for name, record in registry.registry().items() if kind in (None, record["kind"])]
     columns = ("kind", "resolution", "classes", "state", "licence")
     entries = {name: {**registry.entry(name), "state": registry.state(name)} for name in names}
@@ -30,11 +30,15 @@ def list_(kind):
 
 @main.command()
 @click.argument("names", nargs=-1, required=True, metavar="NAME|URL...")
-@click.option("--companions/--no-companions", default=False, help="Also its teacher, detector and statistics.")
-@click.option("--offline/--no-offline", default=False, help="Never touch the network.")
+@click.option(
+    "--companions/--no-companions",
+    default=False,
+    help="Also fetch the teacher, the feature network and the statistics that go with each.",
+)
+@click.option("--offline/--no-offline", default=False, help="Take files only from this machine; do not download.")
 def fetch(names, companions, offline):
-    """Download files, or find them where they are; each is checked."""
-    files = {name: registry.resolve(name, option=name, offline=offline) for name in names}
+    """Download files, or find those that are here, and check them."""
+    files = {name: registry.resolve(name, setting="name", offline=offline) for name in names}
     for role in ("teacher", "detector", "statistics") if companions else ():
         for path in list(files.values()):
             other = registry.companion(path, role, offline=offline)
@@ -48,7 +52,10 @@ def fetch(names, companions, offline):
 @main.command()
 @click.argument("names", nargs=-1, metavar="[NAME...]")
 def verify(names):
-    """Check the files that are here, or those named, against their checksums; status 1 if one is wrong or missing."""
+    """Check files against their checksums.
+
+    Without names, all files that are on this machine are checked. The exit status is 1 if one is wrong or missing.
+    """
     wanted = [registry.entry(name)["name"] for name in names] or [
         name for name in registry.registry() if registry.state(name) in ("shipped", "cached")
     ]
@@ -56,11 +63,11 @@ def verify(names):
     for name in wanted:
         record, where = registry.registry()[name], registry.state(name)
         path = registry.pretrained_folder() / record["file"] if "file" in record else registry.cache_folder() / name
-        if where in ("missing", "partial"):
+        if where == "missing":
             verdicts[name] = where
         elif where == "cached":
-            known = bool(record.get("sha256") or download.remembered(path))
-            problem = download.fault(path, record["url"], record.get("sha256"), thorough=True)
+            known = record.get("sha256") or download.remembered(path)
+            problem = download.fault(path, record["url"], record.get("sha256"))
             verdicts[name] = problem or ("ok" if known else "recorded")
         else:
             digest, expected = sha256_of(path), record.get("sha256", "")

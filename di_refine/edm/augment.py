@@ -1,7 +1,7 @@
 """EDM's non-leaky augmentation (arXiv 2206.00364, appendix F.2; operations from arXiv 2006.06676).
 
 Images are transformed at random and the network is told how, so that at label zero it makes untouched images. All
-random numbers and matrices live on the CPU: the device only ever receives work, nothing waits for it.
+random numbers and matrices live on the CPU: the device only receives work, and nothing waits for it.
 """
 
 import math
@@ -77,7 +77,7 @@ class _Draws:
 
 
 class AugmentPipe:
-    """Random transformations of images, with labels saying which.
+    """Random transformations of images, with labels that tell which.
 
     The argument named like an operation is the multiplier of `p` that gives its probability; operations at 0 are absent
     and have no labels. Labels come in the order of this list.
@@ -160,7 +160,7 @@ class AugmentPipe:
 
     @property
     def label_dim(self) -> int:
-        """Number of augmentation labels: what the network's `augment_dim` has to be."""
+        """The number of augmentation labels, which the network's `augment_dim` has to be."""
         return sum(width for op, width in _LABELS.items() if getattr(self, op) > 0)
 
     def __call__(
@@ -197,11 +197,11 @@ class AugmentPipe:
         )
 
     def _gate(self, value: torch.Tensor, multiplier: float, draw: _Draws) -> torch.Tensor:
-        """`value` [..., N] where a uniform number per sample falls below multiplier * p, else 0."""
+        """Return `value` [..., N] where a uniform number per sample falls below multiplier * p, else 0."""
         return torch.where(draw.uniform(value.shape[-1]) < multiplier * self.p, value, 0)
 
     def _blit(self, images: torch.Tensor, draw: _Draws, labels: list[torch.Tensor]) -> torch.Tensor:
-        """Operations that move whole pixels."""
+        """Apply the operations that move whole pixels."""
         n, _, height, width = images.shape
 
         def where(condition: torch.Tensor, changed: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
@@ -236,7 +236,7 @@ class AugmentPipe:
         return images
 
     def _geometry(self, images: torch.Tensor, draw: _Draws, labels: list[torch.Tensor]) -> torch.Tensor:
-        """Operations that resample, through one matrix from output to input pixels around the image's centre."""
+        """Apply the operations that resample, by one matrix from output to input pixels around the image's centre."""
         n, _, height, width = images.shape
         inverse = torch.eye(3).repeat(n, 1, 1)
         if self.scale > 0:
@@ -265,7 +265,7 @@ class AugmentPipe:
         return _resample(images, inverse) if resampling else images
 
     def _colour(self, images: torch.Tensor, draw: _Draws, labels: list[torch.Tensor]) -> torch.Tensor:
-        """Operations on the colour of each pixel, through one affine matrix on RGB."""
+        """Apply the operations on the colour of each pixel, by one affine matrix on RGB."""
         n, channels = images.shape[:2]
         matrix = torch.eye(4).repeat(n, 1, 1)
         luma = torch.tensor([1.0, 1.0, 1.0, 0.0]) / math.sqrt(3)
@@ -305,7 +305,7 @@ class AugmentPipe:
 
 
 def _mirror(index: torch.Tensor, size: int) -> torch.Tensor:
-    """Indices outside 0..size-1 reflected at the border pixels, which are not repeated."""
+    """Reflect indices outside 0..size-1 at the border pixels, which are not repeated."""
     period = max(2 * (size - 1), 1)
     return (size - 1 - (size - 1 - index % period).abs()).long()
 
@@ -353,7 +353,7 @@ def _resample(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
 
 
 def _stack(rows: list[list[torch.Tensor | float]]) -> torch.Tensor:
-    """Matrices [..., rows, columns] from elements that are tensors of one shape [...] or numbers."""
+    """Return matrices [..., rows, columns] of elements that are tensors of one shape [...] or numbers."""
     shape = next(x for row in rows for x in row if isinstance(x, torch.Tensor)).shape
     elements = [[torch.as_tensor(x, dtype=torch.float32).expand(shape) for x in row] for row in rows]
     return torch.stack([torch.stack(row, dim=-1) for row in elements], dim=-2)
@@ -373,7 +373,7 @@ def _rotation(angle: torch.Tensor) -> torch.Tensor:
 
 
 def _hue_rotation(angle: torch.Tensor) -> torch.Tensor:
-    """Rotation of RGB about the grey axis."""
+    """Return the matrices that rotate RGB about the grey axis."""
     cos, turn = angle.cos(), angle.sin() / math.sqrt(3)
     grey = (1 - cos) / 3
     a, b, c = grey + cos, grey - turn, grey + turn

@@ -4,18 +4,23 @@ The three training objectives of arXiv 2206.00364 (EDM: section 5; VP, VE: table
 Losses are unreduced, [N, C, H, W]; training sums over pixels and averages over the batch.
 """
 
+from collections.abc import Callable
+
 import torch
 
-Net = torch.nn.Module
+Net = Callable[..., torch.Tensor]
 
 
 def edm_weight(sigma: torch.Tensor, sigma_data: float = 0.5) -> torch.Tensor:
-    """w(s) = (s^2 + d^2) / (s d)^2, d = sigma_data: the expected loss of an untrained `EDMPrecond` is 1 at every s."""
+    """Return w(s) = (s^2 + d^2) / (s d)^2 with d = sigma_data.
+
+    By it the expected loss of an untrained `EDMPrecond` is 1 at every s.
+    """
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
 def vp_sigma(t: torch.Tensor, beta_d: float = 19.9, beta_min: float = 0.1) -> torch.Tensor:
-    """Noise level of the VP schedule at time t in (0, 1]: sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
+    """Return the noise level sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1) of the VP schedule at time t in (0, 1]."""
     return ((0.5 * beta_d * t**2 + beta_min * t).exp() - 1).sqrt()
 
 
@@ -28,7 +33,7 @@ def denoising_loss(
     augment_labels: torch.Tensor | None = None,
     noise: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """weight * (D(images + sigma * noise; sigma) - images)^2.
+    """Return weight * (D(images + sigma * noise; sigma) - images)^2.
 
     Args:
         net: denoiser `net(x, sigma, labels)`, also taking `augment_labels` when those are given.
@@ -49,11 +54,11 @@ def denoising_loss(
 
 class _DenoisingLoss:
     def draw(self, images: torch.Tensor) -> torch.Tensor:
-        """The random number behind each sample's noise level, [N, 1, 1, 1]."""
+        """Draw the random number [N, 1, 1, 1] that each sample's noise level follows from."""
         return torch.rand([images.shape[0], 1, 1, 1], device=images.device)
 
     def sigma_and_weight(self, rnd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noise levels and loss weights from the numbers of `draw`."""
+        """Return noise levels and loss weights for the numbers of `draw`."""
         raise NotImplementedError
 
     def __call__(
@@ -66,7 +71,7 @@ class _DenoisingLoss:
         rnd: torch.Tensor | None = None,
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Unreduced loss [N, C, H, W].
+        """Return the loss [N, C, H, W], not reduced.
 
         Args:
             net: denoiser, see `denoising_loss`.
@@ -91,7 +96,7 @@ class EDMLoss(_DenoisingLoss):
         self.sigma_data = sigma_data
 
     def draw(self, images: torch.Tensor) -> torch.Tensor:
-        """A unit normal for each sample, [N, 1, 1, 1]."""
+        """Draw a unit normal for each sample, [N, 1, 1, 1]."""
         return torch.randn([images.shape[0], 1, 1, 1], device=images.device)
 
     def sigma_and_weight(self, rnd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

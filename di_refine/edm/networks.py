@@ -26,7 +26,7 @@ from torch_utils import persistence
 
 
 def _init(shape: Sequence[int], mode: str, scale: float, fan_in: int, fan_out: int) -> torch.nn.Parameter:
-    """A parameter of `shape` drawn by the Glorot ('xavier_*') or He ('kaiming_*') rule, times `scale`."""
+    """Return a parameter of `shape` drawn by the Glorot ('xavier_*') or He ('kaiming_*') rule, times `scale`."""
     variance = {"xavier": 2 / (fan_in + fan_out), "kaiming": 1 / fan_in}
     family, _, law = mode.partition("_")
     if family not in variance or law not in ("uniform", "normal"):
@@ -41,7 +41,7 @@ def _init(shape: Sequence[int], mode: str, scale: float, fan_in: int, fan_out: i
 
 @persistence.persistent_class
 class Linear(torch.nn.Module):
-    """y = x W^T + b with `weight` [out_features, in_features]; `bias` is None when switched off."""
+    """Computes y = x W^T + b with `weight` [out_features, in_features]; `bias` is None when switched off."""
 
     def __init__(
         self,
@@ -79,6 +79,10 @@ class Conv2d(torch.nn.Module):
         init_mode, init_weight, init_bias: initialisation rule and scales, see `_init`.
     """
 
+    weight: torch.nn.Parameter | None
+    bias: torch.nn.Parameter | None
+    resample_filter: torch.Tensor  # registered as None where nothing is resampled
+
     def __init__(
         self,
         in_channels: int,
@@ -113,33 +117,41 @@ class Conv2d(torch.nn.Module):
         self.box_filter = len(taps) == 2 and bool(taps[0] == taps[1])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
         if not (self.up or self.down):
-            return self._convolve(x, self.weight.shape[-1] // 2)
+            return x if weight is None else self._convolve(x, weight, weight.shape[-1] // 2)
         if self.box_filter and not self.fused_resample:
             return self._box(x)
         filter_pad = (self.resample_filter.shape[-1] - 1) // 2
-        if self.weight is None:
+        if weight is None:
             return self._resample(x, filter_pad)
-        conv_pad = self.weight.shape[-1] // 2
+        conv_pad = weight.shape[-1] // 2
         if not self.fused_resample:
-            return self._convolve(self._resample(x, filter_pad), conv_pad)
+            return self._convolve(self._resample(x, filter_pad), weight, conv_pad)
         if self.down:
-            return self._resample(self._convolve(x, conv_pad + filter_pad), 0)
-        return self._convolve(self._resample(x, max(filter_pad - conv_pad, 0)), max(conv_pad - filter_pad, 0))
+            return self._resample(self._convolve(x, weight, conv_pad + filter_pad), 0)
+        return self._convolve(self._resample(x, max(filter_pad - conv_pad, 0)), weight, max(conv_pad - filter_pad, 0))
 
     def _box(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        if weight is None:
+            return F.avg_pool2d(x, 2) if self.down else F.interpolate(x, scale_factor=2, mode="nearest")
+        padding = weight.shape[-1] // 2
         if self.down:
-            x = F.avg_pool2d(x, 2)
-            return x if self.weight is None else self._convolve(x, self.weight.shape[-1] // 2)
-        pointwise = self.weight is not None and self.weight.shape[-1] == 1
-        if pointwise:  # commutes with pixel repetition and has a quarter of the pixels to do before it
-            x = self._convolve(x, 0)
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
-        return x if self.weight is None or pointwise else self._convolve(x, self.weight.shape[-1] // 2)
+            return self._convolve(F.avg_pool2d(x, 2), weight, padding)
+        if padding == 0:  # a 1x1 convolution commutes with pixel repetition, and has a quarter of the pixels before it
+            return F.interpolate(self._convolve(x, weight, 0), scale_factor=2, mode="nearest")
+        return self._convolve(F.interpolate(x, scale_factor=2, mode="nearest"), weight, padding)
 
-    def _convolve(self, x: torch.Tensor, padding: int) -> torch.Tensor:
+    def _convolve(self, x: torch.Tensor, weight: torch.Tensor, padding: int) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.conv2d(x, self.weight.to(x.dtype), bias, padding=padding)
+        return F.conv2d(x, weight.to(x.dtype), bias, padding=padding)
+
+    def weights(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weight and bias, of a layer that has both, in a dtype."""
+        if self.weight is None or self.bias is None:
+            raise ValueError("this Conv2d has no weight or no bias")
+        return self.weight.to(dtype), self.bias.to(dtype)
 
     def _resample(self, x: torch.Tensor, padding: int) -> torch.Tensor:
         channels = x.shape[1]
@@ -223,7 +235,7 @@ class UNetBlock(torch.nn.Module):
         self.skip_scale = float(skip_scale)
         self.adaptive_scale = adaptive_scale
 
-        resample = {"up": up, "down": down, "resample_filter": resample_filter}
+        resample: dict = {"up": up, "down": down, "resample_filter": resample_filter}
         self.norm0 = GroupNorm(in_channels, eps=eps)
         self.conv0 = Conv2d(in_channels, out_channels, kernel=3, **resample, **init)
         self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), **init)
@@ -257,7 +269,7 @@ class UNetBlock(torch.nn.Module):
         return x if self.skip_scale == 1 else x.mul_(self.skip_scale)
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
-        """Self-attention over the pixels of x [N, C, H, W], softmax in float32, without the residual connection.
+        """Apply self-attention to the pixels of x [N, C, H, W], softmax in float32, without the residual connection.
 
         Every kernel behind `scaled_dot_product_attention` accumulates its softmax in float32. Second derivatives and
         forward-mode ones need its MATH backend (`torch.nn.attention.sdpa_kernel`).
@@ -266,12 +278,15 @@ class UNetBlock(torch.nn.Module):
         tokens = x.flatten(2).transpose(1, 2)
         # Stored output channels run (head, channel, part). Reordering the weights to (part, head, channel) is cheap and
         # leaves q, k, v with contiguous channels, which the fast attention kernels require.
-        weight = self.qkv.weight.to(x.dtype).view(c, 3, c).transpose(0, 1).reshape(3 * c, c)
-        bias = self.qkv.bias.to(x.dtype).view(c, 3).t().reshape(3 * c)
+        weight, bias = self.qkv.weights(x.dtype)
+        weight = weight.view(c, 3, c).transpose(0, 1).reshape(3 * c, c)
+        bias = bias.view(c, 3).t().reshape(3 * c)
         qkv = F.linear(tokens, weight, bias).view(n, h * w, 3, self.num_heads, c // self.num_heads)
-        y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v)
         y = y.transpose(1, 2).reshape(n, h * w, c)
-        y = F.linear(y, self.proj.weight.to(x.dtype).view(c, c), self.proj.bias.to(x.dtype))
+        weight, bias = self.proj.weights(x.dtype)
+        y = F.linear(y, weight.view(c, c), bias)
         return y.transpose(1, 2).unflatten(2, (h, w))
 
 
@@ -281,9 +296,10 @@ class UNetBlock(torch.nn.Module):
 
 @persistence.persistent_class
 class PositionalEmbedding(torch.nn.Module):
-    """cos(f x), sin(f x) at num_channels / 2 frequencies f falling geometrically from 1 towards 1 / max_positions.
+    """Computes cos(f x), sin(f x) at num_channels / 2 frequencies f, which fall from 1 towards 1 / max_positions.
 
-    With `endpoint` the last frequency is 1 / max_positions itself (DDPM++); without, the one after it would be (ADM).
+    They fall geometrically. With `endpoint` the last one is 1 / max_positions (DDPM++); without, the next one would be
+    (ADM).
     """
 
     def __init__(self, num_channels: int, max_positions: int = 10000, endpoint: bool = False):
@@ -302,7 +318,9 @@ class PositionalEmbedding(torch.nn.Module):
 
 @persistence.persistent_class
 class FourierEmbedding(torch.nn.Module):
-    """cos(2 pi f x), sin(2 pi f x) at num_channels / 2 fixed frequencies f drawn as `scale` times a unit normal."""
+    """Computes cos(2 pi f x), sin(2 pi f x) at num_channels / 2 fixed frequencies f, drawn as `scale` unit normals."""
+
+    freqs: torch.Tensor
 
     def __init__(self, num_channels: int, scale: float = 16):
         super().__init__()
@@ -319,7 +337,9 @@ class FourierEmbedding(torch.nn.Module):
 
 
 class _UNet(torch.nn.Module):
-    """What both U-Nets share: the ladder of resolutions, and walking down and up it."""
+    """What both U-Nets share: the levels of resolution, and the passes down and up through them."""
+
+    label_dropout: float
 
     def _build(
         self,
@@ -381,8 +401,8 @@ class _UNet(torch.nn.Module):
         return x
 
     def _features(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
-        """Image [N, in_channels, H, W] and embedding [N or 1, E] to features [N, C, H, W] for the output layers."""
-        saved = []
+        """Map image [N, in_channels, H, W] and embedding [N or 1, E] to features [N, C, H, W] for the output layers."""
+        saved: list[torch.Tensor] = []
         image = x
         for name, module in self.enc.items():
             if name.endswith("_aux_residual"):
@@ -397,8 +417,10 @@ class _UNet(torch.nn.Module):
                 x = module(x, emb)
         return x
 
-    def _drop_labels(self, class_labels: torch.Tensor) -> torch.Tensor:
-        """In training mode, set whole rows to zero with probability `label_dropout`."""
+    def _drop_labels(self, class_labels: torch.Tensor | None) -> torch.Tensor:
+        """Set whole rows of the labels to zero with probability `label_dropout`, in training mode only."""
+        if class_labels is None:
+            raise ValueError("a network with class labels needs class_labels; zeros stand for no class")
         if not (self.training and self.label_dropout):
             return class_labels
         keep = torch.rand([class_labels.shape[0], 1], device=class_labels.device) >= self.label_dropout
@@ -465,8 +487,8 @@ class SongUNet(_UNet):
         self.label_dropout = label_dropout
         emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
-        init = {"init_mode": "xavier_uniform"}
-        init_zero = {"init_mode": "xavier_uniform", "init_weight": 1e-5}
+        init: dict = {"init_mode": "xavier_uniform"}
+        init_zero: dict = {"init_mode": "xavier_uniform", "init_weight": 1e-5}
         block = {
             "emb_channels": emb_channels,
             "num_heads": 1,
@@ -480,6 +502,7 @@ class SongUNet(_UNet):
             "init_attn": {"init_mode": "xavier_uniform", "init_weight": math.sqrt(0.2)},
         }
 
+        self.map_noise: torch.nn.Module
         if embedding_type == "positional":
             self.map_noise = PositionalEmbedding(noise_channels, endpoint=True)
         else:
@@ -571,8 +594,8 @@ class DhariwalUNet(_UNet):
         self.label_dropout = label_dropout
         emb_channels = model_channels * channel_mult_emb
         third = math.sqrt(1 / 3)
-        init = {"init_mode": "kaiming_uniform", "init_weight": third, "init_bias": third}
-        init_zero = {"init_mode": "kaiming_uniform", "init_weight": 0, "init_bias": 0}
+        init: dict = {"init_mode": "kaiming_uniform", "init_weight": third, "init_bias": third}
+        init_zero: dict = {"init_mode": "kaiming_uniform", "init_weight": 0, "init_bias": 0}
         block = {
             "emb_channels": emb_channels,
             "channels_per_head": 64,
@@ -634,7 +657,7 @@ _UNETS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
 
 
 class _Precond(torch.nn.Module):
-    """A U-Net made into a denoiser. Subclasses give the four coefficients.
+    """A U-Net made into a denoiser by the four coefficients that a subclass has.
 
     Attributes:
         img_resolution, img_channels, label_dim: what the network takes.
@@ -668,7 +691,7 @@ class _Precond(torch.nn.Module):
         )
 
     def _coefficients(self, sigma: torch.Tensor) -> tuple:
-        """c_skip, c_out, c_in, c_noise for `sigma` [N or 1, 1, 1, 1]; numbers or tensors of that shape."""
+        """Return c_skip, c_out, c_in, c_noise for `sigma` [N or 1, 1, 1, 1]: numbers or tensors of that shape."""
         raise NotImplementedError
 
     def forward(
@@ -710,7 +733,7 @@ class _Precond(torch.nn.Module):
         return c_skip * x + c_out * F_x[:, : self.img_channels].to(torch.float32)
 
     def _precision(self, device_type: str, force_fp32: bool) -> tuple[torch.dtype, contextlib.AbstractContextManager]:
-        """Dtype for the U-Net and a context to run it in.
+        """Return the dtype for the U-Net and a context to run it in.
 
         The layers follow the dtype of what enters them, so autocast itself is switched off inside: it would take the
         embeddings down and the group norms up, at a cost in accuracy and in speed.
@@ -722,7 +745,7 @@ class _Precond(torch.nn.Module):
         return torch.float16 if half else torch.float32, contextlib.nullcontext()
 
     def round_sigma(self, sigma: torch.Tensor | float) -> torch.Tensor:
-        """The nearest noise level the network knows: `sigma` itself, any level being known."""
+        """Return the nearest noise level that the network knows: `sigma` itself, since it knows any level."""
         return torch.as_tensor(sigma)
 
 
@@ -798,11 +821,11 @@ class VPPrecond(_Precond):
         )
 
     def sigma(self, t: torch.Tensor) -> torch.Tensor:
-        """Noise level at time t in [epsilon_t, 1]."""
+        """Return the noise level at time t in [epsilon_t, 1]."""
         return ((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt()
 
     def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Time at a noise level. Rounds 1 + sigma^2 as the training of published weights did, hence no log1p."""
+        """Return the time at a noise level; 1 + sigma^2 is rounded as when published weights were trained: no log1p."""
         return ((self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt() - self.beta_min) / self.beta_d
 
     def _coefficients(self, sigma: torch.Tensor) -> tuple:
@@ -856,6 +879,8 @@ class iDDPMPrecond(_Precond):
         model_kwargs: further arguments of that class.
     """
 
+    u: torch.Tensor
+
     def __init__(
         self,
         img_resolution: int,
@@ -890,7 +915,7 @@ class iDDPMPrecond(_Precond):
         return (sigma.flatten()[:, None] - self.u.to(sigma.device)).abs().argmin(dim=1)
 
     def round_sigma(self, sigma: torch.Tensor | float, return_index: bool = False) -> torch.Tensor:
-        """The nearest noise level of the table `u`, with the dtype and shape of `sigma`; or its index in `u`."""
+        """Return the nearest noise level of the table `u`, with the dtype and shape of `sigma`, or its index in `u`."""
         sigma = torch.as_tensor(sigma)
         index = self._nearest(sigma)
         if return_index:

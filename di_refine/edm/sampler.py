@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from di_refine.errors import InputError
+from di_refine.noise import edm_level
 
 
 def sigma_grid(
@@ -17,9 +18,9 @@ def sigma_grid(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """The falling noise levels of a sampler, ending in 0 (arXiv 2206.00364, equation 5).
+    """Return the falling noise levels of a sampler, ending in 0 (arXiv 2206.00364, equation 5).
 
-    t_i = (smax^(1/rho) + i / (num_steps - 1) (smin^(1/rho) - smax^(1/rho)))^rho, then `net.round_sigma`.
+    The levels are `noise.edm_level` at equal steps, rounded by `net.round_sigma`.
 
     Args:
         net: its `sigma_min`, `sigma_max` and `round_sigma`, where present, bound and round the levels.
@@ -32,7 +33,7 @@ def sigma_grid(
         [num_steps + 1] levels.
 
     Raises:
-        InputError: for num_steps below 1, or when the network leaves nothing of the wanted range.
+        InputError: num_steps is below 1, or the network supports nothing of the wanted range.
     """
     if num_steps < 1:
         raise InputError(f"num_steps is {num_steps}; use at least 1")
@@ -43,13 +44,14 @@ def sigma_grid(
             f"sigma_min {low:g} and sigma_max {high:g} leave no noise levels; use 0 < sigma_min <= sigma_max"
         )
     position = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
-    t = (high ** (1 / rho) + position * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-    t = torch.cat([_round_sigma(net, t), t.new_zeros(1)])
+    t = _round_sigma(net, edm_level(position, low, high, rho))
+    t = torch.cat([t, t.new_zeros(1)])
     return t.to(device=device, dtype=dtype)
 
 
 def _round_sigma(net: torch.nn.Module, sigma: torch.Tensor) -> torch.Tensor:
-    return net.round_sigma(sigma) if hasattr(net, "round_sigma") else sigma
+    round_sigma = getattr(net, "round_sigma", None)
+    return sigma if round_sigma is None else round_sigma(sigma)
 
 
 @torch.no_grad()
@@ -93,7 +95,7 @@ def sample(
         [N, C, H, W] images in `dtype`, nominally in [-1, 1].
 
     Raises:
-        InputError: for an unknown solver, or levels `sigma_grid` refuses.
+        InputError: the solver is unknown, or `sigma_grid` refuses the levels.
     """
     if solver not in ("heun", "euler"):
         raise InputError(f"solver '{solver}' is unknown; use heun or euler")

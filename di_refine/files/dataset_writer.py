@@ -1,4 +1,4 @@
-"""Writing data sets: zip files of PNG images with labels, in the layout that `di_refine.files.datasets` reads.
+"""Data sets are written here: zip files of PNG images with labels, as `di_refine.files.datasets` reads them.
 
 The same pictures and labels give the same file, byte for byte, on every day and system.
 """
@@ -22,7 +22,14 @@ from di_refine.errors import InputError
 
 @dataclass
 class Picture:
-    """A finished image: its PNG file and what must agree between all of them."""
+    """An image as a PNG file.
+
+    Attributes:
+        name: for messages.
+        size: (width, height), which must be the same for all images of a data set.
+        mode: of Pillow, which must be the same for all, too.
+        png: the content of the file.
+    """
 
     name: str
     size: tuple[int, int]
@@ -31,14 +38,14 @@ class Picture:
 
     @staticmethod
     def encode(image: Image.Image, name: str) -> "Picture":
-        """Encode the pixels alone, without the metadata (colour profile, text) that Pillow carries along."""
+        """Encode the pixels alone, without the colour profile and text that Pillow would write along."""
         file = io.BytesIO()
         Image.frombytes(image.mode, image.size, image.tobytes()).save(file, format="PNG", compress_level=6)
         return Picture(name, image.size, image.mode, file.getvalue())
 
 
-def map_in_order(function: Callable[[Any], Picture], items: Iterable, ahead: int = 256) -> Iterator[Picture]:
-    """`map` on all processor cores, in order, taking `ahead` items at a time."""
+def map_in_order(function: Callable[[Any], Picture], items: Iterable[Any], ahead: int = 256) -> Iterator[Picture]:
+    """Map as `map` does, in order, but by several threads, taking `ahead` items at a time."""
     items = iter(items)
     with ThreadPoolExecutor() as pool:
         while chunk := list(islice(items, ahead)):
@@ -49,20 +56,20 @@ def write_archive(
     file: IO[bytes],
     pictures: Iterable[Picture],
     labels: Sequence[int] | Sequence[list[float]] | None,
-    record: dict,
+    record: dict[str, Any],
     classes: Sequence[str] | None = None,
     written_one: Callable[[], None] | None = None,
 ) -> Picture:
     """Write the zip file of a data set.
 
     Args:
-        file: where to.
+        file: the file to write to.
         pictures: the images, in order.
-        labels: class number or label vector of each image. Read after the last picture, so whoever makes the pictures
-            may fill the list.
-        record: how the images came about; kept in `dataset.json` under "conversion".
+        labels: class number or label vector of each image. It is read after the last picture, so whoever makes the
+            pictures may fill the list.
+        record: how the images came about; it is kept in `dataset.json` under "conversion".
         classes: what the class numbers mean.
-        written_one: called after each image.
+        written_one: a function to call after each image.
 
     Returns:
         The first picture.
@@ -70,19 +77,20 @@ def write_archive(
     Raises:
         InputError: naming the first image whose size or colour differs from those before it.
     """
-    first, written = None, []
+    first: Picture | None = None
+    written: list[str] = []
     with zipfile.ZipFile(file, "w") as archive:
         for index, picture in enumerate(pictures):
             first = first or picture
             if picture.size != first.size:
                 raise InputError(
                     f"image {picture.name} is {picture.size[0]}x{picture.size[1]} but {first.name} is "
-                    f"{first.size[0]}x{first.size[1]}; bring them to one size with --resolution"
+                    f"{first.size[0]}x{first.size[1]}; bring them to one size with `resolution`"
                 )
             if picture.mode != first.mode:
                 raise InputError(
-                    f"image {picture.name} has Pillow mode {picture.mode} but {first.name} has {first.mode}; choose "
-                    "--grey or --rgb"
+                    f"image {picture.name} has Pillow mode {picture.mode} but {first.name} has {first.mode}; convert "
+                    "them with dataset_tool.py --grey or --rgb"
                 )
             written.append(f"{index // 1000:05d}/img{index:08d}.png")
             archive.writestr(_entry(written[-1]), picture.png)
@@ -91,11 +99,13 @@ def write_archive(
         pairs = None if labels is None else [list(pair) for pair in zip(written, labels)]
         content = {"labels": pairs, **({"classes": classes} if classes else {}), "conversion": record}
         archive.writestr(_entry("dataset.json"), json.dumps(content))
+    if first is None:
+        raise ValueError("a data set has at least one picture")
     return first
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
-    """A zip entry that is the same on every day and system."""
+    """Return a zip entry that is the same on every day and system."""
     entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
     entry.create_system, entry.external_attr, entry.compress_type = 3, 0o644 << 16, zipfile.ZIP_STORED
     return entry
@@ -103,7 +113,7 @@ def _entry(name: str) -> zipfile.ZipInfo:
 
 @contextlib.contextmanager
 def new_folders(path: Path) -> Iterator[None]:
-    """Create a folder and its parents for the block, and take them away again if it fails."""
+    """Create a folder and its parents for the block, and remove them again if it fails."""
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:
@@ -115,8 +125,8 @@ def new_folders(path: Path) -> Iterator[None]:
         raise
 
 
-def tool() -> str:
-    """This project's name and version, for records."""
+def project_version() -> str:
+    """Return this project's name and version, for records."""
     try:
         return f"di-refine {metadata.version('di-refine')}"
     except metadata.PackageNotFoundError:  # run from a checkout

@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -37,17 +37,17 @@ MEMORY_LIMIT = 2 << 30  # bytes of decoded images kept in memory
 class ImageFiles:
     """Read access to the files of a folder or a zip archive, by their names relative to it.
 
-    May be pickled and used from several threads and processes.
+    An object of this class may be pickled and used from several threads and processes.
 
     Args:
         path: the folder or zip file.
-        option: the command's option that named it, for messages.
+        setting: the name of the setting that holds it, for messages.
 
     Raises:
-        InputError: when the path does not exist or is neither a folder nor a zip file.
+        InputError: the path does not exist or is neither a folder nor a zip file.
     """
 
-    def __init__(self, path: str | os.PathLike, option: str = "--data"):
+    def __init__(self, path: str | os.PathLike, setting: str = "data"):
         self.path = Path(path)
         self._archive: zipfile.ZipFile | None = None
         self._lock = threading.Lock()
@@ -57,13 +57,13 @@ class ImageFiles:
             names = [file.relative_to(self.path).as_posix() for file in found]
             self._is_zip = False
         elif not self.path.is_file():
-            raise InputError(f"{option}={path} does not exist; give a folder or zip file of images")
+            raise InputError(f"{setting}={path} does not exist; give a folder or zip file of images")
         else:
             self._is_zip = True
             try:
                 names = [entry.filename for entry in self._zip().infolist() if not entry.is_dir()]
             except (zipfile.BadZipFile, ValueError):
-                raise InputError(f"{option}={path} is neither a folder nor a zip file, or it is damaged") from None
+                raise InputError(f"{setting}={path} is neither a folder nor a zip file, or it is damaged") from None
         self.names = sorted(name for name in names if not _is_hidden(name))
         self.image_names = [name for name in self.names if name.lower().endswith(EXTENSIONS)]
 
@@ -71,7 +71,7 @@ class ImageFiles:
         """Open one file for reading.
 
         Raises:
-            InputError: naming the file, when it cannot be opened.
+            InputError: the file cannot be opened; the message names it.
         """
         try:
             return self._zip().open(name) if self._is_zip else open(self.path / name, "rb")
@@ -82,7 +82,7 @@ class ImageFiles:
         """Decode one image.
 
         Raises:
-            InputError: naming the image, when it is damaged or no image at all.
+            InputError: the image is damaged or no image at all; the message names it.
         """
         try:
             with self._lock, self.open(name) as file:  # ZipFile counts its open members without a lock
@@ -96,7 +96,7 @@ class ImageFiles:
             raise InputError(f"{self.path}: image {name} is damaged or not an image ({_reason(error)})") from None
 
     def header(self, name: str) -> tuple[tuple[int, int], str]:
-        """(width, height) and Pillow mode of one image, without decoding its pixels.
+        """Return (width, height) and Pillow mode of one image, without decoding its pixels.
 
         Raises:
             InputError: as `image` does.
@@ -110,10 +110,10 @@ class ImageFiles:
             raise InputError(f"{self.path}: image {name} is damaged or not an image ({_reason(error)})") from None
 
     def labels(self) -> dict[str, int | list[float]] | None:
-        """The labels in `dataset.json` by image name, or None where there are none.
+        """Return the labels in `dataset.json` by image name, or None where there are none.
 
         Raises:
-            InputError: when the file is malformed, names an image that is not there, or leaves one without a label.
+            InputError: the file is malformed, names an image that is not there, or leaves one without a label.
         """
         if "dataset.json" not in self.names:
             return None
@@ -139,10 +139,10 @@ class ImageFiles:
             self._archive, self._owner = zipfile.ZipFile(self.path), os.getpid()
         return self._archive
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_archive": None, "_lock": None}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
 
@@ -152,19 +152,19 @@ class ImageDataset:
     Args:
         path: a zip file or folder in the layout of this module's docstring.
         mirror: append a left-right mirrored copy of every image, which doubles the data set.
-        option: the command's option that named the path, for messages.
+        setting: the name of the setting that holds the path, for messages.
 
     Raises:
-        InputError: naming the first file at fault, when there are no images, a header is damaged, images differ in size
-            or channels, are not square, are neither 8-bit greyscale nor RGB, or the labels do not fit.
+        InputError: there are no images, a header is damaged, images differ in size or channels, are not square, are
+            neither 8-bit greyscale nor RGB, or the labels do not fit; the message names the first file at fault.
     """
 
-    def __init__(self, path: str | os.PathLike, mirror: bool = False, option: str = "--data"):
-        self.files = ImageFiles(path, option)
-        self.path, self.mirror, self.option = self.files.path, mirror, option
+    def __init__(self, path: str | os.PathLike, mirror: bool = False, setting: str = "data"):
+        self.files = ImageFiles(path, setting)
+        self.path, self.mirror, self.setting = self.files.path, mirror, setting
         self._names = self.files.image_names
         if not self._names:
-            raise InputError(f"{option}={path} holds no images (looked for {', '.join(EXTENSIONS)})")
+            raise InputError(f"{setting}={path} holds no images (looked for {', '.join(EXTENSIONS)})")
         self.resolution, self.num_channels = self._check_headers()
         self._labels = self._read_labels()
         #: Number of classes (largest class number plus one) or length of the label vectors; 0 without labels.
@@ -196,18 +196,20 @@ class ImageDataset:
         return size[0], 1 if mode == "L" else 3
 
     def _read_labels(self) -> np.ndarray:
-        """Class numbers [N] as int64, label vectors [N, L] as float32, or nothing [N, 0]."""
+        """Return class numbers [N] as int64, label vectors [N, L] as float32, or without labels [N, 0]."""
         labels = self.files.labels()
         if labels is None:
             return np.zeros([len(self._names), 0], np.float32)
         values = [labels[name] for name in self._names]
-        if all(type(value) is int for value in values):
-            if wrong := next((n for n, v in zip(self._names, values) if not 0 <= v < MAX_CLASSES), None):
+        numbers = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
+        if len(numbers) == len(values):
+            if wrong := next((n for n, v in zip(self._names, numbers) if not 0 <= v < MAX_CLASSES), None):
                 raise InputError(
                     f"{self.path}: dataset.json gives {wrong} the label {labels[wrong]}; class numbers are 0 to "
                     f"{MAX_CLASSES - 1}"
                 )
-            return np.array(values, np.int64)
+            return np.array(numbers, np.int64)
+        vectors: np.ndarray
         try:
             vectors = np.array(values, np.float32)
         except (ValueError, TypeError, OverflowError):
@@ -231,40 +233,42 @@ class ImageDataset:
         return self.label_dim > 0
 
     def class_frequencies(self) -> np.ndarray:
-        """The share of each class, float64 [label_dim], summing to 1 (empty without labels).
+        """Return the share of each class, float64 [label_dim], summing to 1 (empty without labels).
 
         Raises:
-            InputError: when the labels are vectors other than one-hot, not classes.
+            InputError: the labels are vectors other than one-hot, not classes.
         """
         if not self.has_labels:
             return np.zeros(0)
         if self._labels.ndim != 1:
             if (np.sort(self._labels) == np.eye(self.label_dim)[-1]).all():
                 return self._labels.mean(axis=0, dtype=np.float64)
-            raise InputError(f"{self.option}={self.path}: its labels are vectors, so it has no classes to count")
+            raise InputError(f"{self.setting}={self.path}: its labels are vectors, so it has no classes to count")
         return np.bincount(self._labels, minlength=self.label_dim) / len(self._labels)
 
-    def check_compatible(self, resolution: int, num_channels: int, label_dim: int | None = None, what: str = "network"):
+    def check_compatible(
+        self, resolution: int, num_channels: int, label_dim: int | None = None, what: str = "network"
+    ) -> None:
         """Check that the images suit a network.
 
         Args:
-            resolution: of the network.
-            num_channels: of the network.
-            label_dim: of the network, or None where labels do not matter. 0 accepts any data set.
+            resolution: the network's.
+            num_channels: the network's.
+            label_dim: the network's, or None where labels do not matter. 0 accepts any data set.
             what: a name for the network, for the message.
 
         Raises:
-            InputError: naming what differs.
+            InputError: they do not; the message says what differs.
         """
         mine, wanted = (self.resolution, self.num_channels), (resolution, num_channels)
         if mine != wanted:
             raise InputError(
-                f"{self.option}={self.path} holds {mine[0]}x{mine[0]} images with {mine[1]} channel(s), but the {what} "
-                f"has {wanted[0]}x{wanted[0]} with {wanted[1]}; convert the data with dataset_tool.py"
+                f"{self.setting}={self.path} holds {mine[0]}x{mine[0]} images with {mine[1]} channel(s), but the "
+                f"{what} has {wanted[0]}x{wanted[0]} with {wanted[1]}; convert the data with dataset_tool.py"
             )
         if label_dim and label_dim != self.label_dim:
             raise InputError(
-                f"{self.option}={self.path} has {self.label_dim} classes, but the {what} is conditional on {label_dim}"
+                f"{self.setting}={self.path} has {self.label_dim} classes, but the {what} is conditional on {label_dim}"
             )
 
     def images(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -274,7 +278,7 @@ class ImageDataset:
             uint8 [N, C, H, W].
 
         Raises:
-            InputError: naming the image, when its pixels are damaged.
+            InputError: an image's pixels are damaged; the message names it.
         """
         shape = [len(indices), self.num_channels, self.resolution, self.resolution]
         images = np.empty(shape, np.uint8)
@@ -286,7 +290,7 @@ class ImageDataset:
         return images
 
     def labels(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """One-hot labels, or the label vectors: float32 [N, label_dim]."""
+        """Return one-hot labels, or the label vectors: float32 [N, label_dim]."""
         rows = self._labels[np.asarray(indices, np.int64) % len(self._names)]
         if rows.ndim == 2:
             return rows
@@ -295,7 +299,7 @@ class ImageDataset:
         return one_hot
 
     def decode_all(self, workers: int = 4) -> np.ndarray:
-        """All images, uint8 [len(self), C, H, W], decoded by `workers` threads."""
+        """Return all images, uint8 [len(self), C, H, W], decoded by `workers` threads."""
         count = len(self._names)
         images = np.empty([len(self), self.num_channels, self.resolution, self.resolution], np.uint8)
         starts = range(0, count, 512)
@@ -308,7 +312,7 @@ class ImageDataset:
         return images
 
     def content_hash(self) -> str:
-        """SHA-256 of everything that `images` and `labels` return depends on: names, files, labels and `mirror`.
+        """Return the SHA-256 of all that images and labels depend on: names, files, labels and `mirror`.
 
         A zip file and a folder with the same content have the same hash.
         """
@@ -324,7 +328,7 @@ class ImageDataset:
 
 
 def sample_order(length: int, seed: int, start: int, count: int) -> np.ndarray:
-    """Which images come at positions `start`, `start` + 1, ... of an endless shuffled stream: int64 [count].
+    """Return which images come at positions `start`, `start` + 1, ... of an endless shuffled stream: int64 [count].
 
     Each epoch is one permutation that depends on `seed` and the epoch's number alone, so a run that is resumed at any
     position continues exactly where it would have been.
@@ -350,14 +354,14 @@ def batches(
     world_size: int = 1,
     memory_limit: int = MEMORY_LIMIT,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless training batches, in an order that is a function of `seed` and the number of images seen.
+    """Give training batches without end, in an order that is a function of `seed` and the number of images seen.
 
     A data set that fits into memory is decoded once; a larger one is decoded ahead by worker processes.
 
     Args:
         dataset: where the images come from.
         batch: images per batch and process.
-        seed: of the order; the same in all processes.
+        seed: seed of the order; it is the same in all processes.
         start_nimg: images seen so far by all processes together.
         device: where the batches are put.
         workers: threads for decoding at once, or worker processes for decoding as needed.
@@ -370,15 +374,14 @@ def batches(
         uint8 images [batch, C, H, W] and float32 labels [batch, label_dim], on `device`.
 
     Raises:
-        InputError: naming the image, when one is damaged.
+        InputError: an image is damaged; the message names it.
     """
     if mirror and not dataset.mirror:
         dataset = copy.copy(dataset)
         dataset.mirror = True
-    if len(dataset) * dataset.num_channels * dataset.resolution**2 <= memory_limit:
-        source = _from_memory(dataset, batch, seed, start_nimg, workers, rank, world_size)
-    else:
-        source = _from_workers(dataset, batch, seed, start_nimg, workers, rank, world_size)
+    order = _Order(len(dataset), batch, seed, start_nimg, rank, world_size)
+    fits = len(dataset) * dataset.num_channels * dataset.resolution**2 <= memory_limit
+    source = (_from_memory if fits else _from_workers)(dataset, order, workers)
     device = torch.device(device)
     for images, labels in source:
         if device.type == "cuda":  # only pinned memory is copied without waiting
@@ -389,7 +392,7 @@ def batches(
 class Stream:
     """A data set as trainers want it: `stream(start_nimg)` gives batches and labels from that image on.
 
-    Of several processes each gets its share of the batch.
+    Each of several processes gets its share of the batch.
 
     Args:
         dataset: where the images come from.
@@ -419,11 +422,11 @@ class Stream:
 
     @property
     def class_frequencies(self) -> np.ndarray | None:
-        """`[label_dim]`, or None without labels."""
+        """The share of each class, `[label_dim]`, or None without labels."""
         return self._dataset.class_frequencies() if self._labels else None
 
     def __call__(self, start_nimg: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images `[share, C, R, R]` and labels `[share, label_dim]`."""
+        """Give images `[share, C, R, R]` and labels `[share, label_dim]` without end."""
         rank, size = distributed.rank(), distributed.world_size()
         source = batches(
             self._dataset,
@@ -444,7 +447,7 @@ class Stream:
 
 
 class _Order:
-    """The endless sequence of one process's index arrays, [batch] each."""
+    """The index arrays of one process, [batch] each, without end."""
 
     def __init__(self, length: int, batch: int, seed: int, start: int, rank: int, world_size: int):
         self.length, self.batch, self.seed, self.start = length, batch, seed, start
@@ -462,19 +465,19 @@ class _Order:
             position, ready = position + step, ready[step:]
 
 
-def _from_memory(dataset, batch, seed, start_nimg, workers, rank, world_size):
+def _from_memory(dataset: ImageDataset, order: _Order, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     images = torch.from_numpy(dataset.decode_all(workers))
-    for indices in _Order(len(dataset), batch, seed, start_nimg, rank, world_size):
+    for indices in order:
         yield images[torch.from_numpy(indices)], torch.from_numpy(dataset.labels(indices))
 
 
 class _Fetch(torch.utils.data.Dataset):
-    """What a worker process runs. An error comes back as a value: a DataLoader would bury it in a traceback text."""
+    """Batches for worker processes. An error comes back as a value: a DataLoader would bury it in a traceback text."""
 
     def __init__(self, dataset: ImageDataset):
         self.dataset = dataset
 
-    def __getitem__(self, indices):
+    def __getitem__(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | InputError:
         try:
             return torch.from_numpy(self.dataset.images(indices)), torch.from_numpy(self.dataset.labels(indices))
         except InputError as error:
@@ -488,8 +491,7 @@ def _leave_signals_to_parent(_worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def _from_workers(dataset, batch, seed, start_nimg, workers, rank, world_size):
-    order = _Order(len(dataset), batch, seed, start_nimg, rank, world_size)
+def _from_workers(dataset: ImageDataset, order: _Order, workers: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     loader = torch.utils.data.DataLoader(
         _Fetch(dataset), sampler=order, batch_size=None, num_workers=workers, worker_init_fn=_leave_signals_to_parent
     )

@@ -3,13 +3,17 @@
 import contextlib
 import io
 import json
+import logging
 import os
 import warnings
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 
+from di_refine.edm.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from di_refine.errors import InputError
+from stylegan2_ada.networks import Generator
 from torch_utils import misc
 
 OPSET = 18  # of the standard operators; every operator that these networks need is in it, and ONNX Runtime has had it
@@ -17,15 +21,22 @@ OPSET = 18  # of the standard operators; every operator that these networks need
 
 
 class StyleGAN2Model(torch.nn.Module):
-    """`z [N, z_dim]` and, for a conditional generator, `c [N, c_dim]` -> `images [N, C, R, R]`, all in float32.
+    """A StyleGAN2 generator with the inputs and the output that it has in ONNX, all in float32.
+
+    It maps `z [N, z_dim]` and, if it is conditional, `c [N, c_dim]` to `images [N, C, R, R]`.
 
     Args:
-        net: StyleGAN2 generator, on the CPU.
+        net: the generator, on the CPU.
         noise_mode: 'const' or 'none'; ONNX models draw no random numbers.
-        truncation_psi: built into the model.
+        truncation_psi: truncation, which is built into the model.
+
+    Attributes:
+        inputs: shape of one sample of each input, by its name.
     """
 
-    def __init__(self, net: torch.nn.Module, noise_mode: str = "const", truncation_psi: float = 1.0):
+    inputs: dict[str, tuple[int, ...]]
+
+    def __init__(self, net: Generator, noise_mode: str = "const", truncation_psi: float = 1.0):
         super().__init__()
         self.net = net
         self.noise_mode, self.truncation_psi = noise_mode, truncation_psi
@@ -37,14 +48,22 @@ class StyleGAN2Model(torch.nn.Module):
 
 
 class OneStepModel(torch.nn.Module):
-    """`z [N, C, R, R]` (unit normal) and, if conditional, `c [N, label_dim]` -> `images [N, C, R, R]`.
+    """A one-step generator with the inputs and the output that it has in ONNX, all in float32.
+
+    It maps unit normals `z [N, C, R, R]` and, if it is conditional, `c [N, label_dim]` to `images [N, C, R, R]`.
 
     Args:
-        net: EDM network that was distilled into a one-step generator, on the CPU.
+        net: the EDM network that was distilled, on the CPU.
         init_sigma: the noise level it generates from.
+
+    Attributes:
+        inputs: shape of one sample of each input, by its name.
     """
 
-    def __init__(self, net: torch.nn.Module, init_sigma: float):
+    inputs: dict[str, tuple[int, ...]]
+    init_sigma: torch.Tensor
+
+    def __init__(self, net: EDMPrecond | VPPrecond | VEPrecond | iDDPMPrecond, init_sigma: float):
         super().__init__()
         self.net = net
         self.register_buffer("init_sigma", torch.tensor(float(init_sigma)))
@@ -61,22 +80,22 @@ def save(model: StyleGAN2Model | OneStepModel, path: str | os.PathLike, properti
     Args:
         model: what to export, on the CPU.
         path: file to write.
-        properties: kept in the file, beside the opset and the shapes.
+        properties: what is kept in the file, beside the opset and the shapes.
 
     Raises:
-        InputError: the optional packages are not there.
+        InputError: the optional packages are not installed.
     """
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"--dest={os.fspath(path)}: ONNX needs the package {error.name}; pip install 'di-refine[onnx]'"
+            f"dest={os.fspath(path)}: ONNX needs the package {error.name}; pip install 'di-refine[onnx]'"
         ) from None
     batch = torch.export.Dim("batch", min=1, max=2**16)
     example = tuple(torch.zeros(2, *shape) for shape in model.inputs.values())
     with torch.no_grad(), _quiet():
-        program = torch.onnx.export(
+        exported = torch.onnx.export(
             model.eval(),
             example,
             dynamo=True,
@@ -86,7 +105,7 @@ def save(model: StyleGAN2Model | OneStepModel, path: str | os.PathLike, properti
             dynamic_shapes=({0: batch},) * len(example),
             verbose=False,
         )
-    proto = program.model_proto
+    proto = cast("torch.onnx.ONNXProgram", exported).model_proto  # as it is with dynamo=True
     for part in (*proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output, *proto.functions):
         del part.metadata_props[:]  # where in whose file system each line of code stood
     for key, value in {**properties, "inputs": json.dumps(model.inputs), "opset": str(OPSET)}.items():
@@ -97,9 +116,7 @@ def save(model: StyleGAN2Model | OneStepModel, path: str | os.PathLike, properti
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter reports on stdout, which is for results, and warns about packages nobody here needs."""
-    import logging
-
+    """Silence the exporter, which reports on stdout, and warns about packages that nobody here needs."""
     logger = logging.getLogger("torch.onnx._internal.exporter")
     level = logger.level
     logger.setLevel(logging.ERROR)

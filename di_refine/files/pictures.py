@@ -1,4 +1,4 @@
-"""Pictures for people: network output to 8 bits, grids of samples, and side-by-side figures. All files are PNG.
+"""Pictures to look at: network output becomes 8-bit images, grids and side-by-side figures. All files are PNG.
 
 Images are [N, C, H, W] and single pictures [C, H, W], with C = 1 (greyscale) or 3 (RGB), as tensors or numpy arrays:
 either uint8, or floating point in the networks' range [-1, 1].
@@ -20,7 +20,7 @@ INK, FAINT_INK, PAPER = (32, 32, 32), (110, 110, 110), (255, 255, 255)
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Floating-point images in [-1, 1] to uint8 in 0..255: 127.5 x + 128, clamped, then truncated.
+    """Turn floating-point images in [-1, 1] into uint8 in 0..255: 127.5 x + 128, clamped, then truncated.
 
     This is the rounding behind published FID figures; any other shifts the statistics.
 
@@ -39,8 +39,8 @@ def make_grid(images: Images, columns: int | None = None, scale: int = 1, gap: i
     Args:
         images: [N, C, H, W], see the module's docstring.
         columns: images per row; by default about as many as there are rows.
-        scale: each pixel becomes `scale` x `scale` pixels (nearest neighbour), so that tiny images can be seen.
-        gap: white pixels between neighbours.
+        scale: whole-number enlargement: each pixel becomes `scale` x `scale` pixels, so that tiny images can be seen.
+        gap: number of white pixels between neighbours.
 
     Returns:
         uint8 picture [C, rows * (H * scale + gap) - gap, columns * (W * scale + gap) - gap].

@@ -1,4 +1,4 @@
-"""Names and URLs of networks, data sets and statistics, turned into local files.
+"""From names and URLs of networks, data sets and statistics to local files.
 
 `pretrained/registry.json` maps a name to a record: `file` (shipped in `pretrained/`) or `url` (downloaded once into the
 cache folder), `kind`, `resolution`, `channels`, `classes`, what goes with it (`teacher`, `detector`, `statistics`,
@@ -25,7 +25,7 @@ KINDS = ("stylegan2", "edm", "features", "statistics", "dataset", "inception")
 
 
 def pretrained_folder() -> Path:
-    """The folder with `registry.json` and the shipped files: in a checkout beside the packages, else installed data."""
+    """Return the folder with `registry.json` and the shipped files: beside the packages in a checkout, else in them."""
     beside = Path(__file__).resolve().parents[2] / "pretrained"
     if (beside / "registry.json").is_file():
         return beside
@@ -33,19 +33,19 @@ def pretrained_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $DI_REFINE_CACHE, else ~/.cache/di-refine."""
+    """Return where downloads are kept: $DI_REFINE_CACHE, else ~/.cache/di-refine."""
     return Path(os.environ.get("DI_REFINE_CACHE") or Path.home() / ".cache" / "di-refine").expanduser()
 
 
 @functools.cache
 def registry() -> dict[str, dict[str, Any]]:
-    """All records by name; empty where no registry is installed."""
+    """Return all records by name, or none where no registry is installed."""
     path = pretrained_folder() / "registry.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def find(name: str) -> str | None:
-    """The full name in the registry for a name that may lack its extension, or None."""
+    """Return the full name in the registry for a name that may lack its extension, or None."""
     known = registry()
     if name in known:
         return name
@@ -54,10 +54,10 @@ def find(name: str) -> str | None:
 
 
 def entry(name: str) -> dict[str, Any]:
-    """The record of a name, with or without its extension; `name` is added to it.
+    """Return the record of a name that may lack its extension; the full name is added to it as `name`.
 
     Raises:
-        InputError: listing the nearest names, when there is no such record.
+        InputError: there is no such record; the message lists the nearest names.
     """
     full = find(name)
     if full is None:
@@ -66,71 +66,71 @@ def entry(name: str) -> dict[str, Any]:
 
 
 def entry_for_path(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The record of a file that was shipped or downloaded, recognised by its file name, or None for any other file."""
+    """Return the record of a file that was shipped or downloaded, by its file name, or None for any other file."""
     name = Path(path).name
     by_url = (full for full, record in registry().items() if "url" in record and name == _url_name(record["url"]))
     full = name if name in registry() else next(by_url, None)
-    return full and {"name": full, **registry()[full]}
+    return None if full is None else {"name": full, **registry()[full]}
 
 
 def companion(path: str | os.PathLike, role: str, offline: bool = False) -> Path | None:
-    """What the registry says goes with a file.
+    """Return the file that, as the registry says, goes with another one.
 
     Args:
         path: a local file, as `resolve` returns it.
         role: 'teacher', 'detector' or 'statistics'.
-        offline: do not download.
+        offline: take it only from this machine.
 
     Returns:
-        Its local file, or None when the registry knows no such thing for this file.
+        A local file, or None when the registry knows no such thing for this file.
 
     Raises:
         InputError: as `resolve` does.
     """
     record = entry_for_path(path)
     name = record and record.get(role)
-    return resolve(name, option=f"--{role}", offline=offline) if name else None
+    return resolve(name, setting=role, offline=offline) if name else None
 
 
 def resolve(
     source: str | os.PathLike,
-    option: str = "--network",
+    setting: str = "network",
     kind: str | tuple[str, ...] | None = None,
     offline: bool = False,
 ) -> Path:
-    """The local file for a path, a name in the registry, or a URL; downloads at most once.
+    """Return the local file for a path, a name in the registry, or a URL; it is downloaded at most once.
 
     Args:
-        source: an existing path wins over a name of the registry, which may lack its extension.
-        option: the command's option it was given to, for messages.
-        kind: what the command needs, one or several of `KINDS`; a name of another kind is refused.
-        offline: use shipped and downloaded files only.
+        source: the path, the name, which may lack its extension, or the URL; an existing path goes before a name.
+        setting: the name of the setting that holds it, for messages.
+        kind: what is needed, one or several of `KINDS`; a name of another kind is refused.
+        offline: take it only from this machine.
 
     Raises:
-        InputError: when there is no such file or name, the name is of another kind, or the download fails; then it says
-            where the file was looked for and where to put it by hand.
+        InputError: there is no such file or name, the name is of another kind, or the download fails; then the message
+            says where to put the file by hand.
     """
     text = os.fspath(source)
     path = Path(text).expanduser()
     if path.exists():
         return path
     if re.match(r"https?://", text):
-        return _fetch(text, _cached_path(text, None), None, option, offline)
+        return _fetch(text, _cached_path(text, None), None, f"{setting}={text}", offline)
     full = find(text)
     if full is None and len(path.parts) > 1:
-        raise InputError(f"{option}={text}: there is no such file")
+        raise InputError(f"{setting}={text}: there is no such file")
     if full is None:
-        raise InputError(f"{option}={text} is neither a file nor a name in pretrained/registry.json; {_nearest(text)}")
+        raise InputError(f"{setting}={text} is neither a file nor a name in pretrained/registry.json; {_nearest(text)}")
     record = registry()[full]
     kinds = (kind,) if isinstance(kind, str) else kind
     if kinds and record["kind"] not in kinds:
-        raise InputError(f"{option}={text} is of kind {record['kind']}, but {option} needs {' or '.join(kinds)}")
+        raise InputError(f"{setting}={text} is of kind {record['kind']}, but `{setting}` needs {' or '.join(kinds)}")
     if "file" in record:
         shipped = pretrained_folder() / record["file"]
         if not shipped.is_file():
-            raise InputError(f"{option}={text}: {shipped} belongs to this project but is missing; restore it")
+            raise InputError(f"{setting}={text}: {shipped} belongs to this project but is missing; restore it")
         return shipped
-    return _fetch(record["url"], _cached_path(record["url"], full), record.get("sha256"), option, offline)
+    return _fetch(record["url"], _cached_path(record["url"], full), record.get("sha256"), f"{setting}={text}", offline)
 
 
 def _url_name(url: str) -> str:
@@ -138,7 +138,7 @@ def _url_name(url: str) -> str:
 
 
 def _cached_path(url: str, name: str | None) -> Path:
-    """A URL that is in the registry shares the registry's file; any other has a short hash, as names repeat."""
+    """Return where the file of a URL is kept: under its name in the registry, or where it has none, with a hash."""
     name = name or next((full for full, record in registry().items() if record.get("url") == url), None)
     if name is None:
         base = re.sub(r"[^\w.-]", "_", _url_name(url)) or "download"
@@ -152,30 +152,27 @@ def _nearest(name: str) -> str:
     return f"the nearest names are {', '.join(near)}" if near else f"known names are {', '.join(known)}"
 
 
-def _fetch(url: str, path: Path, sha256: str | None, option: str, offline: bool) -> Path:
-    """Download a file unless it is there, and check it in either case."""
+def _fetch(url: str, path: Path, sha256: str | None, what: str, offline: bool) -> Path:
+    """Download a file unless it is there, and check it in either case; messages begin with `what`."""
     by_hand = f"download {url} by other means and save it as {path}"
     if path.is_file():
         problem = download.fault(path, url, sha256)
         if problem:
-            raise InputError(f"{option}: {path} is not what it was or should be: {problem}; delete it, or {by_hand}")
+            raise InputError(f"{what}: {path} is not what it was or should be: {problem}; delete it, or {by_hand}")
         return path
     if offline or download.offline():
-        raise InputError(f"{option}: {path.name} is not in the cache and downloading is off; {by_hand}")
+        raise InputError(f"{what}: {path.name} is not in the cache and downloading is off; {by_hand}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         download.fetch(url, path, sha256)
     except download.DownloadError as error:
-        raise InputError(f"{option}: cannot download {url} ({error}); {by_hand}") from error
+        raise InputError(f"{what}: cannot download {url} ({error}); {by_hand}") from error
     return path
 
 
 def state(name: str) -> str:
-    """Where the file of a name is: 'shipped', 'cached', 'partial' (an unfinished download) or 'missing'."""
+    """Say where the file of a name is: 'shipped', 'cached' or 'missing'."""
     record = registry()[name]
     if "file" in record:
         return "shipped" if (pretrained_folder() / record["file"]).is_file() else "missing"
-    path = cache_folder() / name
-    if path.is_file():
-        return "cached"
-    return "partial" if path in (path.parent / part.name for part in download.waiting(path.parent)) else "missing"
+    return "cached" if (cache_folder() / name).is_file() else "missing"

@@ -44,6 +44,10 @@ class RunFiles:
         """The beginning of the names of TensorBoard's event files."""
         return self.path / "events.out.tfevents"
 
+    def event_files(self) -> list[Path]:
+        """All of TensorBoard's event files."""
+        return list(self.path.glob(f"{self.events.name}.*"))
+
     @property
     def before_after(self) -> Path:
         """The picture that compares the generator at the start and at the end."""

@@ -1,4 +1,4 @@
-"""Network files as `safetensors` and JSON: a form that any tool can read, and that turns back into the same pickle.
+"""Network files as `safetensors` and JSON: any tool can read this form, and it turns back into the same pickle.
 
 `NAME.safetensors` has every tensor under the name of its network and its own, as in `G_ema.mapping.w_avg`. `NAME.json`
 has all the rest:
@@ -43,12 +43,12 @@ _MAX_JSON = 2**26  # bytes; that of the largest published network has 4 MB
 
 
 def config_path(path: str | os.PathLike) -> Path:
-    """The `.json` of a pair of which `path` is either."""
+    """Return the `.json` of the pair that `path` belongs to."""
     return Path(path).with_suffix(".json")
 
 
 def tensors_path(path: str | os.PathLike) -> Path:
-    """The `.safetensors` of a pair of which `path` is either."""
+    """Return the `.safetensors` of the pair that `path` belongs to."""
     return Path(path).with_suffix(".safetensors")
 
 
@@ -60,7 +60,7 @@ def save(networks: dict[str, Any], path: str | os.PathLike) -> None:
         path: either of the two files.
 
     Raises:
-        NetworkFormatError: when something in `networks` has no place in such files.
+        NetworkFormatError: something in `networks` cannot be written into such files.
     """
     content = persistence.to_records(networks, path)
     encoder = _Encoder()
@@ -93,8 +93,21 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     return persistence.from_records(load_records(path), os.fspath(path))
 
 
+def load_either(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a pair, or where `path` has another ending than those of a pair, a pickle.
+
+    Raises:
+        NetworkFormatError: names the file and says why it is not usable.
+    """
+    return load(path) if Path(path).suffix in SUFFIXES else persistence.load(path)
+
+
 def load_records(path: str | os.PathLike) -> dict[str, Any]:
-    """Likewise, as `torch_utils.persistence.load_records`: before any network is built."""
+    """Read a pair as `torch_utils.persistence.load_records` reads a pickle: before any network is built.
+
+    Raises:
+        NetworkFormatError: names the file and says why it is not usable.
+    """
     config_file, tensors_file = config_path(path), tensors_path(path)
     config = _read_config(config_file)
     try:
@@ -155,7 +168,7 @@ def _no_constant(name: str) -> None:
 
 
 class _Encoder:
-    """Turns content into JSON's types; `tensors`, `sources` and `shared` collect what goes elsewhere."""
+    """Turns content into JSON's types; `tensors`, `sources` and `shared` collect what is not written in place."""
 
     def __init__(self):
         self.tensors: dict[str, torch.Tensor] = {}
@@ -181,7 +194,7 @@ class _Encoder:
                 self.count(item)
 
     def encode(self, value: Any, path: str) -> Any:
-        """`value`; tensors in it get names that begin with `path`."""
+        """Return the JSON form of `value`; tensors in it get names that begin with `path`."""
         if value is None or isinstance(value, (bool, int, str)):
             return value
         if isinstance(value, float):
@@ -242,7 +255,7 @@ class _Encoder:
 
 
 class _Decoder:
-    """The way back; takes every tensor it uses out of `tensors`."""
+    """Turns JSON's types back into content; every tensor that it uses is taken out of `tensors`."""
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, torch.Tensor]):
         self.sources, self.shared, self.tensors = config["sources"], config["shared"], tensors

@@ -1,7 +1,8 @@
-"""Several measurements side by side: means over seeds, their spread, and differences to the first source."""
+"""Several measurements side by side: means over seeds, their spread, and differences from the first source."""
 
 import statistics as stats
 from collections.abc import Sequence
+from typing import Any
 
 from di_refine.metrics.results import MetricResult
 
@@ -9,7 +10,7 @@ LEVEL = 0.95
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95% confidence interval of the mean of repeated draws (Student's t), or None for a single one."""
+    """Return the 95% confidence interval of the mean of repeated draws (Student's t), or None for a single one."""
     if len(values) < 2:
         return None
     from scipy.special import stdtrit  # slow to import
@@ -19,12 +20,12 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def summarise(source: str, results: Sequence[MetricResult]) -> dict:
-    """One metric of one source over all seeds, as the JSON result gives it.
+def summarise(source: str, results: Sequence[MetricResult]) -> dict[str, Any]:
+    """Summarise one metric of one source over all seeds, as the JSON result gives it.
 
     Args:
-        source: a name for people.
-        results: of the same metric, one per seed.
+        source: what people call it.
+        results: results of the same metric, one per seed.
     """
     first = results[0]
     series = {key: [result.values[key] for result in results] for key in first.values}
@@ -45,13 +46,13 @@ def summarise(source: str, results: Sequence[MetricResult]) -> dict:
     }
 
 
-def add_differences(summaries: Sequence[dict]) -> None:
+def add_differences(summaries: Sequence[dict[str, Any]]) -> None:
     """Add `delta` and `delta_interval`, against the first source of the same metric, to every later summary.
 
     Where both were measured with the same seeds the differences are taken seed by seed: two generators of one family
     then see the same latents and labels, and what is common to both cancels.
     """
-    base: dict[str, dict] = {}
+    base: dict[str, dict[str, Any]] = {}
     for summary in summaries:
         first = base.setdefault(summary["metric"], summary)
         if first is summary:
@@ -65,8 +66,8 @@ def add_differences(summaries: Sequence[dict]) -> None:
                     summary["delta_interval"][key] = bounds
 
 
-def rows(summaries: Sequence[dict]) -> tuple[list[list], list[str]]:
-    """Table rows and header: metric by metric, the sources in the order given; columns nobody fills are left out."""
+def rows(summaries: Sequence[dict[str, Any]]) -> tuple[list[list], list[str]]:
+    """Return table rows and header: metric by metric, the sources in the order given, without empty columns."""
     columns = ["source", "metric", "value", "sd", "min", "95% interval", "delta", "95% of delta"]
     table = []
     for metric in dict.fromkeys(summary["metric"] for summary in summaries):

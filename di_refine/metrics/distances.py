@@ -1,4 +1,4 @@
-"""Distances between two sets of image features, as pure functions of numpy arrays. No network, no files."""
+"""The formulas of the metrics: pure functions of features, of their moments, or of class probabilities, as arrays."""
 
 from collections.abc import Iterator
 
@@ -12,7 +12,7 @@ _TILE = 2048  # 34 MB of float64 distances at a time, whatever the sets' sizes
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """Squared Frechet distance of two Gaussians: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
+    """Compute the squared Frechet distance of two Gaussians: |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
     The trace of the root is the sum of the singular values of C1^(1/2) C2^(1/2). That is real and non-negative whatever
     the ranks are, whereas a general matrix square root of C1 C2 turns complex on rank-deficient covariances.
@@ -26,7 +26,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
         The distance, at least 0.
 
     Raises:
-        InputError: sizes differ, a value is not finite, or a covariance is not symmetric positive semi-definite.
+        InputError: the sizes differ, a value is not finite, or a covariance is not symmetric positive semi-definite.
     """
     mu1, root1, trace1 = _check_gaussian(mu1, sigma1, "first")
     mu2, root2, trace2 = _check_gaussian(mu2, sigma2, "second")
@@ -41,19 +41,19 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 def kernel_distance(
     real: np.ndarray, fake: np.ndarray, num_subsets: int = 100, max_subset_size: int = 1000, seed: int = 0
 ) -> float:
-    """Kernel distance: squared MMD with the kernel (x.y / F + 1)^3, unbiased, averaged over random subsets.
+    """Compute the kernel distance: squared MMD with the kernel (x.y / F + 1)^3, unbiased, averaged over subsets.
 
-    (Binkowski et al., arXiv 1801.01401.) Subsets are drawn without replacement within a subset. The estimate of two
-    equal distributions scatters around 0, so small negative values are right.
+    (Binkowski et al., arXiv 1801.01401.) The subsets are random, and no sample is drawn twice for one. The estimate of
+    two equal distributions scatters around 0, so small negative values are right.
 
     Args:
         real, fake: features, shapes [N, F] and [M, F].
         num_subsets: how many pairs of subsets to average.
         max_subset_size: size of a subset; less where a set is smaller.
-        seed: of the subsets. The same seed gives the same subsets.
+        seed: draws the subsets; the same seed gives the same ones.
 
     Raises:
-        InputError: feature sizes differ, fewer than two samples, or a value that is not finite.
+        InputError: the feature sizes differ, there are fewer than two samples, or a value is not finite.
     """
     real, fake = _check_pair(real, fake, least=2)
     size = min(len(real), len(fake), max_subset_size)
@@ -71,7 +71,10 @@ def kernel_distance(
 
 
 def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased squared maximum mean discrepancy of equally large sets [N, F], kernel (x.y / F + 1)^3, in float64."""
+    """Compute the unbiased squared maximum mean discrepancy of two sets [N, F], in float64.
+
+    The kernel is (x.y / F + 1)^3, and the sets are equally large (Gretton et al., JMLR 13, 2012, lemma 6).
+    """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     n, num_features = x.shape
     within = 0.0
@@ -84,18 +87,21 @@ def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
 def precision_recall(
     real: np.ndarray, fake: np.ndarray, k: int = 3, device: str | torch.device = "cpu"
 ) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991).
+    """Compute improved precision and recall (Kynkaanniemi et al., arXiv 1904.06991).
 
     A set's manifold is the union of balls around its samples, each reaching to the k-th nearest other sample. Precision
-    is the fraction of `fake` inside the manifold of `real`, recall the reverse. On the rim counts as inside.
+    is the fraction of `fake` inside the manifold of `real`, recall the reverse. The rim belongs to the inside.
 
     Args:
         real, fake: features, shapes [N, F] and [M, F].
-        k: neighbours; each set needs more than k samples.
+        k: number of neighbours; each set needs more than k samples.
         device: where the distances are computed, in float64 tiles.
 
+    Returns:
+        Precision and recall, each in 0..1.
+
     Raises:
-        InputError: feature sizes differ, too few samples, or a value that is not finite.
+        InputError: the feature sizes differ, there are too few samples, or a value is not finite.
     """
     real, fake = _check_pair(real, fake, least=k + 1)
     fakes_inside, reals_inside, _, _ = _hits(real, fake, k, device)
@@ -105,12 +111,19 @@ def precision_recall(
 def density_coverage(
     real: np.ndarray, fake: np.ndarray, k: int = 3, device: str | torch.device = "cpu"
 ) -> tuple[float, float]:
-    """Density and coverage (Naeem et al., arXiv 2002.09797), with the balls of `precision_recall` around real samples.
+    """Compute density and coverage (Naeem et al., arXiv 2002.09797) by the balls of `precision_recall` around `real`.
 
-    Density is the number of balls an average fake sample lies in, divided by k (about 1 for equal distributions, not
-    bounded by 1). Coverage is the fraction of balls that hold a fake sample.
+    Density is the number of balls that an average fake sample lies in, divided by k (about 1 for equal distributions,
+    but not bounded by 1). Coverage is the fraction of balls that hold a fake sample.
 
-    Args, Raises: as for `precision_recall`.
+    Args:
+        real, fake, k, device: as for `precision_recall`.
+
+    Returns:
+        Density, at least 0, and coverage, in 0..1.
+
+    Raises:
+        InputError: as for `precision_recall`.
     """
     real, fake = _check_pair(real, fake, least=k + 1)
     _, _, covered, num_inside = _hits(real, fake, k, device)
@@ -118,7 +131,7 @@ def density_coverage(
 
 
 def inception_score(probs: np.ndarray, num_splits: int = 10) -> tuple[float, float]:
-    """Inception score: exp of the mean KL divergence of each row from its chunk's mean (arXiv 1606.03498).
+    """Compute the Inception score: exp of the rows' mean KL divergence from the mean of their chunk (arXiv 1606.03498).
 
     Args:
         probs: class probabilities, shape [N, K], rows summing to 1. Chunk i holds rows floor(i N / S) to
@@ -129,7 +142,7 @@ def inception_score(probs: np.ndarray, num_splits: int = 10) -> tuple[float, flo
         Mean and population standard deviation over the chunks.
 
     Raises:
-        InputError: fewer rows than chunks, or rows that are not probabilities.
+        InputError: there are fewer rows than chunks, or the rows are not probabilities.
     """
     probs = np.asarray(probs, np.float64)
     if probs.ndim != 2 or num_splits < 1 or len(probs) < num_splits:
@@ -148,7 +161,7 @@ def inception_score(probs: np.ndarray, num_splits: int = 10) -> tuple[float, flo
 
 
 def _check_gaussian(mu: np.ndarray, sigma: np.ndarray, which: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """Mean, symmetric root of the covariance, and its trace, all in float64."""
+    """Return the mean, the symmetric root of the covariance, and the covariance's trace, all in float64."""
     mu, sigma = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
     if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
         raise InputError(f"{which} statistics: expected mean [F] and covariance [F, F], got {mu.shape}, {sigma.shape}")
@@ -210,7 +223,7 @@ def _hits(
 
 
 def _squared_radii(features: np.ndarray, centre: np.ndarray, k: int, device: str | torch.device) -> torch.Tensor:
-    """Squared distance of each sample to its k-th nearest other, shape [N] (the sample itself is nearest of all)."""
+    """Return the squared distance of each sample to its k-th nearest other, [N]; the sample itself is the nearest."""
     nearest = torch.full([len(features), k + 1], torch.inf, dtype=torch.float64, device=device)
 
     def consider(rows: slice, distances: torch.Tensor) -> None:
@@ -228,9 +241,13 @@ def _squared_radii(features: np.ndarray, centre: np.ndarray, k: int, device: str
 def _squared_distances(
     x: np.ndarray, y: np.ndarray, centre: np.ndarray, device: str | torch.device, upper: bool = False
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Tiles of the matrix of squared distances: (rows of x, rows of y, float64 tensor).
+    """Yield tiles of the matrix of squared distances: (rows of x, rows of y, float64 tensor).
 
-    `upper` leaves out the tiles below the diagonal.
+    Args:
+        x, y: features, shapes [N, F] and [M, F].
+        centre: a point [F] that is subtracted first.
+        device: where the distances are computed.
+        upper: leave out the tiles below the diagonal.
     """
 
     def part(features: np.ndarray, first: int) -> tuple[slice, torch.Tensor, torch.Tensor]:
@@ -247,4 +264,4 @@ def _squared_distances(
             distances = left @ torch.cat([b, torch.ones_like(b_norms), b_norms], dim=1).T
             # Equal samples must be at distance 0, or collapsed sets would be judged by rounding noise.
             noise = 1e-12 * float(a_norms.max() + b_norms.max())
-            yield rows, columns, torch.nn.functional.threshold_(distances, noise, 0.0)
+            yield rows, columns, torch.threshold_(distances, noise, 0.0)

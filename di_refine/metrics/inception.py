@@ -24,7 +24,7 @@ Branch = Sequence[Unit | list[Unit]]
 
 
 class InceptionV3(nn.Module):
-    """Images to the 2048 features after the last pooling ('pool3'), float32, gradients off.
+    """The network from images to the 2048 features after the last pooling ('pool3'), float32, without gradients.
 
     `load_state_dict` takes the names of pt_inception-2015-12-05-6726825d.pth, with or without batch counters
     (`num_batches_tracked`), and insists on all the rest.
@@ -55,10 +55,10 @@ class InceptionV3(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Features [N, 2048] of images [N, 1 or 3, H, W] with values 0..255 (uint8 or float), any size.
+        """Return features [N, 2048] of images [N, 1 or 3, H, W] of any size with values 0..255, uint8 or float.
 
         Raises:
-            InputError: another number of axes or channels.
+            InputError: the images have another number of axes or channels.
         """
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise InputError(f"expected images [N, 1 or 3, H, W], got {list(images.shape)}")
@@ -71,17 +71,20 @@ class InceptionV3(nn.Module):
 
     @torch.no_grad()
     def logits(self, features: torch.Tensor, bias: bool = False) -> torch.Tensor:
-        """Class logits [N, 1008] of features [N, 2048]. The Inception score is defined without the output bias."""
+        """Return class logits [N, 1008] of features [N, 2048].
+
+        The Inception score is defined without the output bias.
+        """
         return F.linear(features, self.fc.weight, self.fc.bias if bias else None)
 
     def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
-        """As `nn.Module.load_state_dict`; batch counters, which some files have and nobody needs, are left out."""
+        """Load as `nn.Module` does, without the batch counters, which some files have and nobody needs."""
         weights = {name: value for name, value in state_dict.items() if not name.endswith(".num_batches_tracked")}
         return super().load_state_dict(weights, strict=strict, assign=assign)
 
 
 def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Bilinear resize of [N, C, H, W] to [N, C, size, size] by the rule of TensorFlow 1 (`align_corners=False`).
+    """Resize [N, C, H, W] to [N, C, size, size] bilinearly by the rule of TensorFlow 1 (`align_corners=False`).
 
     The source position is the output index times in/out, without a half-pixel shift; the upper neighbour stops at the
     edge.
@@ -102,7 +105,7 @@ def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class ConvUnit(nn.Module):
-    """Convolution without bias, batch norm with fixed statistics, ReLU."""
+    """A convolution without bias, batch norm with fixed statistics, and ReLU."""
 
     def __init__(
         self,
@@ -127,6 +130,8 @@ class FrozenBatchNorm(nn.Module):
     """The parameters of a batch norm that only ever applies its stored statistics."""
 
     epsilon = 1e-3
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
 
     def __init__(self, channels: int):
         super().__init__()
@@ -141,10 +146,10 @@ class FrozenBatchNorm(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches of convolutions beside a pooling branch, outputs concatenated in that order.
+    """Branches of convolutions beside a pooling branch, whose outputs are concatenated in that order.
 
     Args:
-        in_channels: of the block's input.
+        in_channels: channels of the block's input.
         branches: see `Branch`.
         pool: 'average' or 'max' (3x3, stride 1, then a 1x1 unit to `pool_channels`), or 'reduce' (3x3 max, stride 2).
         pool_channels: output channels of the pooling branch, 0 for 'reduce'.
@@ -184,7 +189,7 @@ class Mixed(nn.Module):
 
 
 def _block_35(in_channels: int, pool_channels: int) -> Mixed:
-    """35 x 35 pixels."""
+    """A block at 35 x 35 pixels."""
     return Mixed(
         in_channels,
         [
@@ -198,7 +203,7 @@ def _block_35(in_channels: int, pool_channels: int) -> Mixed:
 
 
 def _reduction_17(in_channels: int) -> Mixed:
-    """35 x 35 to 17 x 17 pixels."""
+    """The block from 35 x 35 to 17 x 17 pixels."""
     return Mixed(
         in_channels,
         [
@@ -210,7 +215,7 @@ def _reduction_17(in_channels: int) -> Mixed:
 
 
 def _block_17(in_channels: int, width: int) -> Mixed:
-    """17 x 17 pixels; 7 x 7 kernels as pairs of 1 x 7 and 7 x 1."""
+    """A block at 17 x 17 pixels, with 7 x 7 kernels as pairs of 1 x 7 and 7 x 1."""
     return Mixed(
         in_channels,
         [
@@ -247,7 +252,7 @@ def _reduction_8(in_channels: int) -> Mixed:
 
 
 def _block_8(in_channels: int, pool: str) -> Mixed:
-    """8 x 8 pixels; the last units of two branches stand side by side."""
+    """A block at 8 x 8 pixels, in which the last units of two branches stand side by side."""
     return Mixed(
         in_channels,
         [

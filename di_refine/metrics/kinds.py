@@ -1,21 +1,73 @@
-"""Names of metrics: what each measures, on how many images, with which feature network.
+"""The kinds of metrics: how each is named, what it needs, and how it is computed.
 
 `fid50k_full`, `kid50k_full`, `is50k` and `pr50k3_full` are the names of the StyleGAN family and belong to the 2015
 Inception. With any other network the name carries it: `fd2k_full@digits`. `ppl2_wend` (50,000 pairs) belongs to a
 perceptual network of LPIPS; with another one, again, the name carries it.
+
+A new metric needs its formula in `distances.py` and its `Kind` in `KINDS`. This module imports neither PyTorch nor
+NumPy before the first metric is computed, so that commands can print their help quickly.
 """
 
+import enum
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
 
 from di_refine.errors import InputError
 
-FORMS = (
-    "fid<N>k_full, kid<N>k_full, is<N>k, pr<N>k3_full and dc<N>k3_full with the 2015 Inception; fd<N>k_full@<net>, "
-    "kd<N>k_full@<net>, pr<N>k3_full@<net>, dc<N>k3_full@<net>, is<N>k@<net> and acc<N>k@<net> with any other; "
-    "ppl2_wend and ppl<N>k_wend with a perceptual network"
-)
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+
+class Needs(enum.Flag):
+    """What a metric is computed from."""
+
+    GAUSSIANS = enum.auto()  # mean and covariance of the features, of the reference and of the generated images
+    FEATURES = enum.auto()  # the features themselves, of both
+    PROBABILITIES = enum.auto()  # class probabilities of the generated images
+    CLASSES = enum.auto()  # the classes that the generated images were asked to be of
+    PATHS = enum.auto()  # lengths of paths in the latent space of a StyleGAN2 generator, instead of its images
+    REFERENCE = GAUSSIANS | FEATURES
+
+
+class Inputs(Protocol):
+    """What was collected for one metric; only what its kind `needs` is there.
+
+    F is the number of features, N the number of reference images, and M that of the generated ones.
+    """
+
+    @property
+    def seed(self) -> int:
+        """The seed of random subsets."""
+        ...
+
+    @property
+    def device(self) -> "torch.device":
+        """The device for large computations in float64."""
+        ...
+
+    def gaussians(self) -> "tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]":
+        """Return mean [F] and covariance [F, F] of the reference's features, then of the generated images'."""
+        ...
+
+    def features(self) -> "tuple[np.ndarray, np.ndarray]":
+        """Return the features of the reference [N, F] and of the generated images [M, F]."""
+        ...
+
+    def probabilities(self) -> "np.ndarray":
+        """Return the class probabilities [M, K] of the generated images."""
+        ...
+
+    def hits(self) -> "np.ndarray":
+        """Return whether each generated image is recognised as of the class asked for, bool [M]."""
+        ...
+
+    def path_lengths(self) -> "np.ndarray":
+        """Return the lengths [M] of paths."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -23,41 +75,148 @@ class Kind:
     """A kind of metric.
 
     Attributes:
-        tail: what follows the number of images in the name.
-        inception, other: whether it exists for the 2015 Inception, and for other networks.
-        needs: 'reference', 'reference features', 'features', 'probabilities', 'labels', or 'generator' for what is
-            measured on the network itself and not on its images.
-        parts: names of the values, () for a single one.
-        what: in words.
+        name: the beginning of the names of its metrics.
+        what: what it is, in words.
+        needs: what it is computed from.
+        measure: computes its value, or its values in the order of `parts`.
+        tail: what follows the number of images in a name.
+        parts: names of the values, where there are several.
+        higher_is_better: whether more is better; distances want to be small.
+        alone: whether a name without a network is allowed. It stands for the 2015 Inception, or for LPIPS where paths
+            are needed.
+        elsewhere: the kind to use instead with any other network; None where this one is used with those as well.
+        alias: a name in the StyleGAN family for 50,000 images.
     """
 
-    tail: str
-    inception: bool
-    other: bool
-    needs: frozenset[str]
-    parts: tuple[str, ...]
+    name: str
     what: str
+    needs: Needs
+    measure: Callable[[Inputs], float | tuple[float, ...]]
+    tail: str = ""
+    parts: tuple[str, ...] = ()
+    higher_is_better: bool = False
+    alone: bool = True
+    elsewhere: str | None = None
+    alias: str | None = None
+
+    def form(self, network: bool) -> str:
+        """Return what its metrics' names look like, with or without a network's name."""
+        return f"{self.name}<N>k{self.tail}{'@<net>' if network else ''}"
+
+    @property
+    def forms(self) -> list[str]:
+        """What its metrics' names look like, in all forms that it has."""
+        forms = [self.alias] if self.alias is not None else []
+        forms += [self.form(False)] if self.alone else []
+        return forms + ([self.form(True)] if self.elsewhere is None else [])
 
 
-def _kind(tail: str, where: str, needs: Iterable[str], what: str, parts: tuple[str, ...] = ()) -> Kind:
-    return Kind(tail, "inception" in where, "other" in where, frozenset(needs), parts, what)
+# ----------------------------------------------------------------------------------------------------------------------
+# Computations
 
 
-_MOMENTS, _SETS = ("reference",), ("reference", "reference features", "features")
+def _formulas() -> ModuleType:
+    from di_refine.metrics import distances  # imports PyTorch, which takes seconds
+
+    return distances
+
+
+def _frechet(inputs: Inputs) -> float:
+    return _formulas().frechet_distance(*inputs.gaussians())
+
+
+def _kernel(inputs: Inputs) -> float:
+    return _formulas().kernel_distance(*inputs.features(), seed=inputs.seed)
+
+
+def _precision_recall(inputs: Inputs) -> tuple[float, float]:
+    return _formulas().precision_recall(*inputs.features(), device=inputs.device)
+
+
+def _density_coverage(inputs: Inputs) -> tuple[float, float]:
+    return _formulas().density_coverage(*inputs.features(), device=inputs.device)
+
+
+def _inception_score(inputs: Inputs) -> tuple[float, float]:
+    return _formulas().inception_score(inputs.probabilities())
+
+
+def _accuracy(inputs: Inputs) -> float:
+    return float(inputs.hits().mean())
+
+
+def _path_length(inputs: Inputs) -> float:
+    from di_refine.metrics.path_length import perceptual_path_length  # imports PyTorch, too
+
+    return perceptual_path_length(inputs.path_lengths())
+
 
 KINDS = {
-    "fid": _kind("_full", "inception", _MOMENTS, "Frechet Inception distance"),
-    "kid": _kind("_full", "inception", _SETS, "kernel Inception distance"),
-    "fd": _kind("_full", "other", _MOMENTS, "Frechet distance"),
-    "kd": _kind("_full", "other", _SETS, "kernel distance"),
-    "pr": _kind("3_full", "inception other", _SETS, "precision and recall, 3 neighbours", ("precision", "recall")),
-    "dc": _kind("3_full", "inception other", _SETS, "density and coverage, 3 neighbours", ("density", "coverage")),
-    "is": _kind("", "inception other", ("probabilities",), "inception score, mean and deviation", ("mean", "std")),
-    "acc": _kind("", "other", ("probabilities", "labels"), "share of images classified as the class asked for"),
-    "ppl": _kind("_wend", "inception other", ("generator",), "perceptual path length in W, at the ends of paths"),
-}
+    kind.name: kind
+    for kind in (
+        Kind("fid", "Frechet Inception distance", Needs.GAUSSIANS, _frechet, "_full", elsewhere="fd"),
+        Kind("kid", "kernel Inception distance", Needs.FEATURES, _kernel, "_full", elsewhere="kd"),
+        Kind("fd", "Frechet distance", Needs.GAUSSIANS, _frechet, "_full", alone=False),
+        Kind("kd", "kernel distance", Needs.FEATURES, _kernel, "_full", alone=False),
+        Kind(
+            "is",
+            "Inception score, mean and standard deviation",
+            Needs.PROBABILITIES,
+            _inception_score,
+            parts=("mean", "std"),
+            higher_is_better=True,
+        ),
+        Kind(
+            "pr",
+            "precision and recall, 3 neighbours",
+            Needs.FEATURES,
+            _precision_recall,
+            tail="3_full",
+            parts=("precision", "recall"),
+            higher_is_better=True,
+        ),
+        Kind(
+            "dc",
+            "density and coverage, 3 neighbours",
+            Needs.FEATURES,
+            _density_coverage,
+            tail="3_full",
+            parts=("density", "coverage"),
+            higher_is_better=True,
+        ),
+        Kind(
+            "acc",
+            "share of images recognised as the class asked for",
+            Needs.PROBABILITIES | Needs.CLASSES,
+            _accuracy,
+            higher_is_better=True,
+            alone=False,
+        ),
+        Kind("ppl", "perceptual path length in W, at the ends of paths", Needs.PATHS, _path_length, "_wend",
+             alias="ppl2_wend"),
+    )
+}  # fmt: skip
 
-PPL2 = "ppl2_wend"  # the StyleGAN family's name, 50,000 pairs
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def _forms() -> str:
+    """Return the forms of all names, in words."""
+    of_images = [kind for kind in KINDS.values() if not kind.needs & Needs.PATHS]
+    of_paths = [name for kind in KINDS.values() if kind.needs & Needs.PATHS for name in (kind.alias, kind.form(False))]
+    inception = _listed([kind.form(False) for kind in of_images if kind.alone])
+    others = _listed([kind.form(True) for kind in of_images if kind.elsewhere is None])
+    paths = _listed([name for name in of_paths if name is not None])
+    return f"{inception} with the 2015 Inception; {others} with any other; {paths} with a perceptual network"
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+FORMS = _forms()
 
 
 @dataclass(frozen=True)
@@ -65,65 +224,69 @@ class MetricSpec:
     """A metric's name, taken apart.
 
     Attributes:
-        name: as given.
-        kind: a key of `KINDS`.
-        num_images: how many generated images it is measured on.
-        detector: name of the feature network, None for the 2015 Inception, and for path lengths for LPIPS.
+        name: the name as it was given.
+        kind: what it asks for.
+        num_images: how many generated images it is measured on, or how many paths.
+        detector: name of the feature network; None for the 2015 Inception, and for path lengths for LPIPS.
     """
 
     name: str
-    kind: str
+    kind: Kind
     num_images: int
     detector: str | None
 
     @property
-    def needs(self) -> frozenset[str]:
-        return KINDS[self.kind].needs
+    def needs(self) -> Needs:
+        """What it is computed from."""
+        return self.kind.needs
 
     @property
     def higher_is_better(self) -> bool:
         """Whether more is better; distances want to be small."""
-        return self.kind in ("is", "pr", "dc", "acc")
+        return self.kind.higher_is_better
 
     @property
     def result_keys(self) -> tuple[str, ...]:
-        """Keys of its values in a metric file: the name, or `pr50k3_full_precision` and the like."""
-        return tuple(f"{self.name}_{part}" for part in KINDS[self.kind].parts) or (self.name,)
+        """The keys of its values in a metric file: the name, or `pr50k3_full_precision` and the like."""
+        return tuple(f"{self.name}_{part}" for part in self.kind.parts) or (self.name,)
 
 
 def parse_metric(name: str) -> MetricSpec:
     """Take a metric's name apart.
 
     Raises:
-        InputError: listing the known forms, or saying what the name should be instead.
+        InputError: there is no such metric; the message lists the known forms, or says what the name should be.
     """
-    counted = re.sub(f"^{PPL2}(@|$)", r"ppl50k_wend\1", name)
+    counted = name
+    for known in KINDS.values():
+        if known.alias is not None:
+            counted = re.sub(f"^{known.alias}(@|$)", rf"{known.name}50k{known.tail}\1", counted)
     match = re.fullmatch(r"([a-z]+)([0-9]{1,6})k([a-z0-9_]*)(?:@([A-Za-z0-9._-]+))?", counted)
     kind = KINDS.get(match[1]) if match else None
-    if kind is None or match[3] != kind.tail:
-        raise InputError(f"--metrics: unknown metric {name!r}; known are {FORMS}")
-    if int(match[2]) < 1:
-        raise InputError(f"--metrics: {name!r} asks for no images; the number counts thousands, as in {match[1]}2k")
-    if match[4] is None and not kind.inception:
-        raise InputError(f"--metrics: {name!r} must name its feature network, as in {name}@digits")
-    if match[4] is not None and not kind.other:
-        other = {"fid": "fd", "kid": "kd"}[match[1]]
+    if match is None or kind is None or match[3] != kind.tail:
+        raise InputError(f"`metrics`: unknown metric {name!r}; known are {FORMS}")
+    thousands, detector = int(match[2]), match[4]
+    if thousands < 1:
+        raise InputError(f"`metrics`: {name!r} asks for no images; the number counts thousands, as in {kind.name}2k")
+    if detector is None and not kind.alone:
+        raise InputError(f"`metrics`: {name!r} must name its feature network, as in {name}@digits")
+    if detector is not None and kind.elsewhere is not None:
         raise InputError(
-            f"--metrics: {match[1]} belongs to the 2015 Inception network; with another one write "
-            f"{other}{name.removeprefix(match[1])}"
+            f"`metrics`: {kind.name} belongs to the 2015 Inception network; with another one write "
+            f"{kind.elsewhere}{name.removeprefix(kind.name)}"
         )
-    return MetricSpec(name, match[1], 1000 * int(match[2]), match[4])
+    return MetricSpec(name, kind, 1000 * thousands, detector)
 
 
 def parse_metrics(names: str | Iterable[str]) -> list[MetricSpec]:
-    """Parse several names, or one comma-separated list; repetitions are dropped.
+    """Take several names apart, or one comma-separated list; repetitions are dropped.
 
     Raises:
-        InputError: as `parse_metric`, or when there is none.
+        InputError: there is no name, or `parse_metric` refuses one.
     """
     if isinstance(names, str):
         names = names.split(",")
     specs = [parse_metric(name) for name in dict.fromkeys(name.strip() for name in names) if name]
     if not specs:
-        raise InputError(f"--metrics names no metric; known are {FORMS}")
+        raise InputError(f"`metrics` names no metric; known are {FORMS}")
     return specs

@@ -5,7 +5,6 @@ networks in the same company and gets the same features bit by bit. The first pr
 the arithmetic; the others receive its result.
 """
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,10 +16,11 @@ class Ranks:
     """The processes that share a measurement, and which of them this is.
 
     Args:
-        distributed: all of the default group; False is this process alone, whether or not there are others.
+        distributed: all processes of the default group take part; False is this one alone, whatever others there are.
 
     Attributes:
-        rank, size: number of this process, and of processes.
+        rank: number of this process.
+        size: number of processes.
     """
 
     def __init__(self, distributed: bool = False):
@@ -28,21 +28,22 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
+        """Whether this process does the arithmetic."""
         return self.rank == 0
 
     def batches(self, count: int, batch: int) -> Iterator[range]:
-        """This process's share of the batches of images 0 to count - 1: neighbouring ones, in order."""
+        """Yield this process's share of the batches of images 0 to count - 1: neighbouring ones, in order."""
         total = -(-count // batch)
         first, stop = (total * part // self.size for part in (self.rank, self.rank + 1))
         for i in range(first, stop):
             yield range(i * batch, min((i + 1) * batch, count))
 
     def gather(self, item: Any) -> list:
-        """The items of all processes in the order of their ranks, on the first; an empty list on the others."""
+        """Return the items of all processes in the order of their ranks, on the first; on the others an empty list."""
         return [item] if self.size == 1 else multi.gather_object(item)
 
     def on_first(self, function: Callable[[], Any]) -> Any:
-        """What a function returns on the first process, for all of them; so with its InputError or RunError."""
+        """Call a function on the first process and return its result, or raise its InputError or RunError, on all."""
         if self.size == 1:
             return function()
         outcome = None
@@ -55,13 +56,3 @@ class Ranks:
         if isinstance(outcome, (InputError, RunError)):
             raise outcome
         return outcome
-
-
-@contextlib.contextmanager
-def process_group() -> Iterator[bool]:
-    """Join the processes that torchrun started; says whether there are several.
-
-    Features and moments travel as CPU tensors a few times per run, so gloo serves every device.
-    """
-    with multi.process_group("cpu"):
-        yield multi.world_size() > 1

@@ -5,13 +5,14 @@ perceptual network, and the distance is divided by epsilon squared. The extreme 
 """
 
 import os
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 
 from di_refine.errors import InputError
-from di_refine.generators import NetworkSampler, latents
-from di_refine.metrics.detectors import FeatureNet, load_detector
+from di_refine.generators import GeneratorSampler, Sampler, StyleGAN2Generator, latents
+from di_refine.metrics.detectors import load_detector
 from torch_utils.misc import derive_seed
 
 EPSILON = 1e-4
@@ -26,49 +27,58 @@ class Perceptual:
             `return_lpips`), or any other feature network that `load_detector` takes.
         device: where to run.
 
+    Raises:
+        InputError: the file is missing or no such network.
+
     Attributes:
-        identity: see `features.Identity`.
+        identity: see `feature_net.Identity`.
         is_lpips: whether it is of the first kind, to which the name `ppl2_wend` belongs.
     """
 
     def __init__(self, source: str | os.PathLike, device: str | torch.device = "cpu"):
-        self._net: FeatureNet = load_detector(source, device, option="--perceptual")
+        self._net = load_detector(source, device, "perceptual")
         self.identity = self._net.identity
-        self.is_lpips = "return_lpips" in getattr(self._net.net, "arguments", ())
+        self.is_lpips = self._net.lpips is not None
 
     def check_channels(self, channels: int) -> None:
+        """Raise InputError when images with this many channels cannot be compared."""
         self._net.check_channels(channels)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Features [N, F] of float images [N, C, H, W] with values about 0..255, not rounded."""
-        if not self.is_lpips:
+        """Return features [N, F] of float images [N, C, H, W] with values about 0..255, not rounded."""
+        if self._net.lpips is None:
             return self._net.embed(images)
-        images = images.expand(-1, 3, -1, -1)
-        return self._net.net.script(images, resize_images=False, return_lpips=True)
+        return self._net.lpips(images.expand(-1, 3, -1, -1))
+
+
+def has_paths(sampler: Sampler) -> TypeGuard[GeneratorSampler]:
+    """Return whether a sampler's generator has a W in which paths can be measured."""
+    return isinstance(sampler, GeneratorSampler) and isinstance(sampler.generator, StyleGAN2Generator)
 
 
 def path_lengths(
-    sampler: NetworkSampler, perceptual: Perceptual, first: int, count: int, seed: int, epsilon: float = EPSILON
+    sampler: GeneratorSampler, perceptual: Perceptual, first: int, count: int, seed: int, epsilon: float = EPSILON
 ) -> np.ndarray:
-    """Lengths of the paths with indices from `first` on, float64 [count]; a pure function of index and seed.
+    """Measure the paths with indices from `first` on: lengths, float64 [count], a pure function of index and seed.
 
     Args:
-        sampler: over a StyleGAN2 generator; its labels and truncation apply.
-        perceptual: the distance.
+        sampler: a sampler over a StyleGAN2 generator (see `has_paths`); its labels and truncation apply.
+        perceptual: compares images.
         first: a multiple of the batches that the paths are taken in, so that noise inputs do not depend on who asks.
         count: how many paths.
-        seed: of latents, labels and noise.
-        epsilon: step in W, relative to the path.
+        seed: draws latents, labels and noise.
+        epsilon: the step in W, relative to the path.
     """
-    net, device = sampler.net, sampler.device
+    generator: Any = sampler.generator  # a `StyleGAN2Generator`, whose network has two parts
+    net, device = generator.net, sampler.device
     indices = range(first, first + count)
     labels = sampler.labels([derive_seed(seed, i, "path") for i in indices]).to(device)
     begin, end = (
         net.mapping(
             latents([derive_seed(seed, i, "path", which) for i in indices], sampler.latent_shape).to(device),
             labels,
-            truncation_psi=sampler.truncation_psi,
+            truncation_psi=generator.truncation_psi,
         )
         for which in (0, 1)
     )
@@ -89,10 +99,10 @@ def path_lengths(
 
 
 def perceptual_path_length(lengths: np.ndarray) -> float:
-    """Mean of path lengths [N] without those below the first and above the last percentile.
+    """Return the mean of path lengths [N] without those below the first and above the last percentile.
 
     Raises:
-        InputError: none, or a value that is not finite.
+        InputError: there are none, or a value is not finite.
     """
     lengths = np.asarray(lengths, np.float64)
     if lengths.ndim != 1 or len(lengths) < 1 or not np.isfinite(lengths).all():

@@ -1,12 +1,12 @@
-"""Metrics over the course of a run, from what its directory records. Needs matplotlib, in the extra `plots`."""
+"""Metrics over the course of a run, from what its directory records. Drawing needs matplotlib, in the extra `plots`."""
 
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from di_refine.errors import InputError
+from di_refine.files.run_files import RunFiles, snapshot_kimg
 from torch_utils.misc import open_atomic
 
 Points = dict[float, list[float]]  # kimg -> values, several where a snapshot was measured with several seeds
@@ -17,34 +17,34 @@ def check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise InputError("--plot needs matplotlib; install it, or the extra di-refine[plots]") from None
+        raise InputError("`plot` needs matplotlib; install it, or the extra di-refine[plots]") from None
 
 
 def curves(run_dir: Path, metrics: Iterable[str] = ()) -> dict[str, Points]:
-    """What was measured in a run, by key of the metric files (`fid5k_full`, `pr5k3_full_precision`).
+    """Return what was measured in a run, by key of the metric files (`fid5k_full`, `pr5k3_full_precision`).
 
-    Training writes its measurements into `stats.jsonl`; `metric-<name>.jsonl` adds what was measured afterwards on
-    snapshots, whose number of images is in their name.
+    Training writes its measurements into the statistics of its ticks. The metric files add what was measured on
+    snapshots afterwards; the number of images is in a snapshot's name.
 
     Args:
         run_dir: the run directory.
-        metrics: names to keep; none keeps all.
+        metrics: names to keep; without any, all are kept.
 
     Raises:
         InputError: the folder records no measurement of these, or a line in it cannot be read.
     """
     found: dict[str, Points] = {}
-    named = set(metrics)
-    for path in sorted(run_dir.glob("metric-*.jsonl")):
+    files, named = RunFiles(run_dir), set(metrics)
+    for path in files.metrics():
         for record in _lines(path):
             if named and record.get("metric") not in named:
                 continue
-            kimg = re.search(r"network-snapshot-(\d+)\.pkl$", record.get("snapshot_pkl") or "")
+            kimg = snapshot_kimg(Path(record.get("snapshot_pkl") or "").name)
             for key, value in record["results"].items():
                 points = found.setdefault(key, {})
-                if kimg:
-                    points.setdefault(float(kimg[1]), []).append(value)
-    for record in _lines(run_dir / "stats.jsonl"):
+                if kimg is not None:
+                    points.setdefault(float(kimg), []).append(value)
+    for record in _lines(files.stats):
         for key in found.keys() & record.keys():
             # The same measurement may stand in both files, there under a rounded number.
             if float(int(record["kimg"])) not in found[key]:
@@ -52,7 +52,7 @@ def curves(run_dir: Path, metrics: Iterable[str] = ()) -> dict[str, Points]:
     found = {key: dict(sorted(points.items())) for key, points in found.items() if points}
     if not found:
         wanted = f" of {', '.join(sorted(named))}" if named else ""
-        raise InputError(f"--plot: {run_dir} records no measurements{wanted} in its metric-<name>.jsonl")
+        raise InputError(f"`plot`: {run_dir} records no measurements{wanted} in its metric files")
     return found
 
 
@@ -61,8 +61,8 @@ def plot_runs(path: str | os.PathLike, runs: Sequence[Path], metrics: Iterable[s
 
     Args:
         path: the file; its extension says the format (.png, .pdf, .svg).
-        runs: run directories, one line each. Bars span the smallest to the largest seed.
-        metrics: names to keep; none keeps all.
+        runs: run directories; each becomes a line. Bars span the smallest to the largest value of several seeds.
+        metrics: names to keep; without any, all are kept.
 
     Returns:
         What was drawn: {run: {key: [[kimg, mean], ...]}}.
@@ -76,7 +76,7 @@ def plot_runs(path: str | os.PathLike, runs: Sequence[Path], metrics: Iterable[s
     metrics = list(metrics)
     kind = Path(path).suffix.lstrip(".").lower() or "png"
     if kind not in FigureCanvasAgg.get_supported_filetypes():
-        raise InputError(f"--plot={path}: unknown picture format .{kind}; use .png, .pdf or .svg")
+        raise InputError(f"plot={path}: unknown picture format .{kind}; use .png, .pdf or .svg")
     measured = {str(run): curves(run, metrics) for run in runs}
     keys = list(dict.fromkeys(key for found in measured.values() for key in found))
     figure = Figure(figsize=(6, 3.2 * len(keys)), layout="constrained")
@@ -103,7 +103,7 @@ def plot_runs(path: str | os.PathLike, runs: Sequence[Path], metrics: Iterable[s
 
 
 def _lines(path: Path) -> Iterable[dict]:
-    """The JSON objects of a file, line by line; nothing when there is no such file."""
+    """Yield the JSON objects of a file, line by line; none when there is no such file."""
     if not path.is_file():
         return
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -114,5 +114,5 @@ def _lines(path: Path) -> Iterable[dict]:
         except ValueError:
             record = None
         if not isinstance(record, dict):
-            raise InputError(f"--plot: {path} line {number} is not a JSON object")
+            raise InputError(f"`plot`: {path} line {number} is not a JSON object")
         yield record

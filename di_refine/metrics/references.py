@@ -1,6 +1,14 @@
-"""References: statistics in files, or those of a data set, computed or taken from the cache."""
+"""Reference statistics: from files, or of a data set, computed once and kept in the cache folder.
 
+Statistics are kept under a key made of everything that they depend on. Files are written whole or not at all, so any
+number of runs may share the folder; two that need the same file at the same time both compute it, and either's is
+right.
+"""
+
+import hashlib
+import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,16 +16,22 @@ from pathlib import Path
 import torch
 
 from di_refine.errors import InputError
+from di_refine.files import registry
 from di_refine.files.datasets import ImageDataset
-from di_refine.metrics import cache as cached
-from di_refine.metrics.detectors import FeatureNet, Identity, load_detector
+from di_refine.metrics.detectors import load_detector
+from di_refine.metrics.feature_net import FeatureNet, Identity
 from di_refine.metrics.parallel import Ranks
 from di_refine.metrics.sources import ImageSampler
 from di_refine.metrics.statistics import FeatureMoments, FeatureStatistics
 
 SMALL_FEATURES = 16 << 20  # bytes up to which reference features are kept without being asked for
+LAYOUT = 1  # to be raised when statistics come to be computed in another way
 
-Reference = str | os.PathLike | ImageDataset
+ReferenceSource = str | os.PathLike | ImageDataset
+"""What a user may give as a reference: the path or registry name of statistics or a data set, or an open data set."""
+
+Reference = FeatureStatistics | ImageDataset
+"""A reference that was found: statistics, or the data set that they will be made of."""
 
 
 def reference_statistics(
@@ -31,7 +45,7 @@ def reference_statistics(
     workers: int = 2,
     distributed: bool = False,
 ) -> FeatureStatistics:
-    """Statistics of all images of a data set.
+    """Compute the statistics of all images of a data set.
 
     Args:
         dataset: the images.
@@ -40,9 +54,13 @@ def reference_statistics(
         batch: images per pass.
         keep_features: keep the features too; None keeps them up to 16 MB.
         progress: called with the number of images of each batch.
-        cache: take them from the cache folder, or keep them there.
-        workers: threads that decode.
+        cache: take the statistics from the cache folder, or keep them there.
+        workers: threads that decode images.
         distributed: share the images as an `Evaluator` does. Processes other than the first get no features.
+
+    Raises:
+        InputError: the data set cannot be a reference for the network, or an image is damaged.
+        RunError: the network gave values that are not finite.
     """
     net = detector if isinstance(detector, FeatureNet) else load_detector(detector, device)
     check_dataset(dataset, net)
@@ -50,7 +68,7 @@ def reference_statistics(
     if keep_features is None:
         keep_features = count * net.identity.feature_dim * 4 <= SMALL_FEATURES
     dataset_hash = dataset.content_hash()
-    found = cached.find(dataset, net.identity, keep_features, dataset_hash) if cache and ranks.is_first else None
+    found = _cached(dataset, net.identity, keep_features, dataset_hash) if cache and ranks.is_first else None
     if ranks.on_first(lambda: found is not None):
         return _shared(found, ranks)
     stream = FeatureMoments(keep=count if keep_features else 0)
@@ -74,7 +92,7 @@ def reference_statistics(
             num_channels=dataset.num_channels,
         )
         if cache:
-            cached.store(statistics, dataset, net.identity, dataset_hash)
+            _store(statistics, dataset, net.identity, dataset_hash)
     return _shared(statistics, ranks)
 
 
@@ -85,20 +103,36 @@ def check_dataset(dataset: ImageDataset, net: FeatureNet) -> None:
         raise InputError(f"{dataset.path}: a reference needs at least 2 images, it has {len(dataset)}")
 
 
-def open_reference(source: Reference) -> FeatureStatistics | ImageDataset:
-    """Load a file of statistics, or open a data set, from a path or a name in the registry."""
+def open_reference(source: ReferenceSource) -> Reference:
+    """Load a file of statistics, or open a data set, from a path or a name in the registry.
+
+    Raises:
+        InputError: there is no such file or name, or the file is damaged or something else.
+    """
     if isinstance(source, ImageDataset):
         return source
-    path = Path(source)
-    if not path.exists():
-        from di_refine.files import registry
+    path = registry.resolve(source, setting="ref", kind=("statistics", "dataset"))
+    return FeatureStatistics.load(path) if path.suffix == ".npz" else ImageDataset(path, setting="ref")
 
-        path = Path(registry.resolve(source, option="--ref", kind=("statistics", "dataset")))
-    return FeatureStatistics.load(path) if path.suffix == ".npz" else ImageDataset(path, option="--ref")
+
+def known_about(reference: Reference) -> dict[str, int]:
+    """Return what is known of the images of a reference: their 'count', 'resolution' and 'num_channels'.
+
+    Official files of statistics say none of these.
+    """
+    if isinstance(reference, ImageDataset):
+        shape = {"resolution": reference.resolution, "num_channels": reference.num_channels}
+        return {"count": len(reference), **shape}
+    known = {} if reference.count is None else {"count": reference.count}
+    identity = reference.identity
+    return known | {key: int(identity[key]) for key in ("resolution", "num_channels") if key in identity}
 
 
 def mismatch(statistics: FeatureStatistics, identity: Identity, wants_features: bool) -> str | None:
-    """Why statistics do not suit a feature network, or None. Official files do not say which network made them."""
+    """Say why statistics do not suit a feature network; None where they do.
+
+    Official files do not say which network made them, so for these only the number of features counts.
+    """
     maker = statistics.identity.get("detector", "an unnamed network")
     if statistics.feature_dim != identity.feature_dim:
         return f"holds {statistics.feature_dim} features of {maker}, but {identity.name} has {identity.feature_dim}"
@@ -110,14 +144,70 @@ def mismatch(statistics: FeatureStatistics, identity: Identity, wants_features: 
 
 
 def registered_statistics(net: FeatureNet) -> FeatureStatistics | None:
-    """The statistics that the registry says belong to a feature network, or None."""
-    from di_refine.files import registry
-
+    """Load the statistics that the registry says belong to a feature network; None where it says nothing."""
     path = None if net.path is None else registry.companion(net.path, "statistics")
     return None if path is None else FeatureStatistics.load(path)
 
 
 def _shared(statistics: FeatureStatistics | None, ranks: Ranks) -> FeatureStatistics:
-    """The first process's statistics on all; only the first, which does the arithmetic, keeps the features."""
-    light = ranks.on_first(lambda: replace(statistics, features=None))
-    return statistics if ranks.is_first else light
+    """Give the first process's statistics to all; only the first, which does the arithmetic, keeps the features."""
+    light = ranks.on_first(lambda: None if statistics is None else replace(statistics, features=None))
+    return light if statistics is None else statistics
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+def cache_path(dataset: ImageDataset, detector: Identity, with_features: bool, dataset_hash: str | None = None) -> Path:
+    """Return where the statistics of a data set under a feature network are kept.
+
+    The key holds the data set's content hash, the network's identity (name, hash, input size, resize rule), resolution,
+    channels and mirroring.
+    """
+    key = {
+        "layout": LAYOUT,
+        "dataset": dataset_hash or dataset.content_hash(),
+        "detector": detector.as_dict(),
+        "resolution": dataset.resolution,
+        "num_channels": dataset.num_channels,
+        "mirror": dataset.mirror,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    kept = "features" if with_features else "moments"
+    return registry.cache_folder() / "statistics" / f"{detector.name}-{digest}-{kept}.npz"
+
+
+def _cached(
+    dataset: ImageDataset, detector: Identity, with_features: bool, dataset_hash: str
+) -> FeatureStatistics | None:
+    """Return the kept statistics, or None.
+
+    A damaged file (every entry has a checksum) is reported on stderr and passed over. Features that are not asked for
+    are welcome.
+    """
+    for kept in (True,) if with_features else (False, True):
+        path = cache_path(dataset, detector, kept, dataset_hash)
+        if not path.is_file():
+            continue
+        try:
+            statistics = FeatureStatistics.load(path)
+        except InputError as error:
+            print(f"note: the cached statistics are damaged and made anew: {error}", file=sys.stderr)
+            continue
+        expected = {"detector_hash": detector.hash, "dataset_hash": dataset_hash[:16], "resolution": dataset.resolution}
+        fits = all(statistics.identity.get(name) == value for name, value in expected.items())
+        if fits and statistics.count == len(dataset) and (statistics.features is not None or not kept):
+            return statistics
+        print(f"note: the cached statistics in {path} belong to something else and are made anew", file=sys.stderr)
+    return None
+
+
+def _store(statistics: FeatureStatistics, dataset: ImageDataset, detector: Identity, dataset_hash: str) -> None:
+    """Keep statistics; where the folder cannot be written to, say so on stderr and go on."""
+    path = cache_path(dataset, detector, statistics.features is not None, dataset_hash)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        statistics.save(path, compress=False)
+    except OSError as error:
+        print(f"note: cannot keep reference statistics in {path} ({error.strerror or error})", file=sys.stderr)

@@ -3,11 +3,12 @@
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 from di_refine import terminal
-from di_refine.metrics.detectors import Identity
+from di_refine.files.run_files import RunFiles
+from di_refine.metrics.feature_net import Identity
 
 
 @dataclass(frozen=True)
@@ -15,15 +16,15 @@ class MetricResult:
     """One measured metric.
 
     Attributes:
-        name: as in `metrics.names`.
+        name: as in `metrics.kinds`.
         values: by key of the metric file, such as {"pr2k3_full@digits_precision": 0.8, ...}.
-        num_images: generated images it was measured on.
-        seed: of the sampler.
+        num_images: how many generated images it was measured on.
+        seed: what the sampler was called with.
         resolution, num_channels: of the generated images.
         detector: the feature network.
         reference: where the reference statistics come from: their count, data set and hashes, as far as known.
         seconds: duration of the pass that measured it, together with all other metrics of that pass.
-        num_gpus: processes that shared the pass.
+        num_gpus: how many processes shared the pass.
     """
 
     name: str
@@ -33,7 +34,7 @@ class MetricResult:
     resolution: int
     num_channels: int
     detector: Identity
-    reference: dict
+    reference: dict[str, Any]
     seconds: float
     num_gpus: int = 1
 
@@ -43,37 +44,42 @@ class MetricResult:
         values = tuple(self.values.values())
         return values[0] if len(values) == 1 else values
 
+    def record(self, snapshot_pkl: str | None = None) -> dict[str, Any]:
+        """Return the JSON object of a metric file.
 
-def write_jsonl(
-    run_dir: str | os.PathLike, result: MetricResult, snapshot_pkl: str | os.PathLike | None = None
-) -> None:
-    """Append a result to `metric-<name>.jsonl` in a run directory, as one write.
+        The keys of the StyleGAN family's files come first (`results`, `metric`, `total_time`, `total_time_str`,
+        `num_gpus`, `snapshot_pkl`, `timestamp`), then what identifies the number.
 
-    The keys of the StyleGAN family's files come first (`results`, `metric`, `total_time`, `total_time_str`, `num_gpus`,
-    `snapshot_pkl`, `timestamp`), then what identifies the number.
+        Args:
+            snapshot_pkl: the network that was measured, relative to the run directory; None where it has no file there.
+        """
+        return {
+            "results": self.values,
+            "metric": self.name,
+            "total_time": self.seconds,
+            "total_time_str": terminal.format_time(self.seconds),
+            "num_gpus": self.num_gpus,
+            "snapshot_pkl": snapshot_pkl,
+            "timestamp": time.time(),
+            "num_images": self.num_images,
+            "seed": self.seed,
+            "resolution": self.resolution,
+            "num_channels": self.num_channels,
+            "detector": self.detector.as_dict(),
+            "reference": self.reference,
+        }
+
+
+def write_jsonl(run_dir: str | os.PathLike, result: MetricResult, snapshot: str | os.PathLike | None = None) -> None:
+    """Append a result to its `metric-<name>.jsonl` in a run directory, as one write.
 
     Args:
         run_dir: the folder.
         result: what to write.
-        snapshot_pkl: the network measured; stored relative to `run_dir`.
+        snapshot: the network that was measured; an absolute path is made relative to `run_dir`.
     """
-    run_dir = Path(run_dir)
-    if snapshot_pkl is not None and os.path.isabs(snapshot_pkl):
-        snapshot_pkl = os.path.relpath(snapshot_pkl, run_dir)
-    record = {
-        "results": result.values,
-        "metric": result.name,
-        "total_time": result.seconds,
-        "total_time_str": terminal.format_time(result.seconds),
-        "num_gpus": result.num_gpus,
-        "snapshot_pkl": None if snapshot_pkl is None else os.fspath(snapshot_pkl),
-        "timestamp": time.time(),
-        "num_images": result.num_images,
-        "seed": result.seed,
-        "resolution": result.resolution,
-        "num_channels": result.num_channels,
-        "detector": asdict(result.detector),
-        "reference": result.reference,
-    }
-    with open(run_dir / f"metric-{result.name}.jsonl", "ab", buffering=0) as file:
+    if snapshot is not None and os.path.isabs(snapshot):
+        snapshot = os.path.relpath(snapshot, run_dir)
+    record = result.record(None if snapshot is None else os.fspath(snapshot))
+    with open(RunFiles(run_dir).metric(result.name), "ab", buffering=0) as file:
         file.write(json.dumps(record, allow_nan=False).encode() + b"\n")

@@ -1,10 +1,11 @@
-"""A small classifier as feature network for tiny images, where Inception would see nothing but enlarged pixels.
+"""Small classifiers as feature networks for tiny images, in which Inception would see nothing but enlarged pixels.
 
-Distances between its features rank generators of one data set; they are no FID and are never named so.
+Distances between their features rank generators of one data set; they are no FID and are never named so.
 """
 
 import json
 import os
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -19,16 +20,29 @@ FORMAT = "di-refine features 1"
 
 
 class Classifier(nn.Module):
-    """`body` gives features [N, feature_dim] in -1..1 of images in -1..1, and `head` the logits of their classes.
+    """A classifier whose last layer but one gives the features.
 
-    The features are a linear layer, batch norm without free scale, and tanh: every one has about the same spread and
-    none can dominate a distance.
+    The features come from a linear layer, batch norm without free scale, and tanh: every one has about the same spread
+    and none can dominate a distance.
+
+    Args:
+        resolution: image height and width, at least 8.
+        channels: image channels.
+        classes: number of classes, at least 2.
+        width: channels of the first level.
+        feature_dim: number of features.
 
     Attributes:
+        body: turns images with values -1..1 into features [N, feature_dim] in -1..1.
+        head: turns features into the logits of the classes.
         config: what the network is rebuilt from.
+
+    Raises:
+        InputError: an argument is out of its range.
     """
 
     body: nn.Sequential
+    head: nn.Linear
 
     def __init__(self, resolution: int, channels: int, classes: int, width: int, feature_dim: int):
         super().__init__()
@@ -36,7 +50,7 @@ class Classifier(nn.Module):
             raise InputError(
                 "a feature network needs resolution >= 8, classes >= 2 and at least one channel and feature"
             )
-        self.config = {
+        self.config: dict[str, Any] = {
             "resolution": resolution,
             "channels": channels,
             "classes": classes,
@@ -45,11 +59,11 @@ class Classifier(nn.Module):
         }
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Features [N, feature_dim] in -1..1 of images [N, channels, resolution, resolution] with values 0..255."""
+        """Return features [N, feature_dim] in -1..1 of images [N, channels, R, R] with values 0..255."""
         return self.body(images.to(self.head.weight.dtype) / 127.5 - 1)
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Class logits [N, classes] of features [N, feature_dim]."""
+        """Return class logits [N, classes] of features [N, feature_dim]."""
         return self.head(features)
 
 
@@ -63,7 +77,7 @@ def _feature_layers(inputs: int, feature_dim: int) -> list[nn.Module]:
 
 
 class SmallConvNet(Classifier):
-    """Two convolutions per resolution from `resolution` down to 4, then the features of all pixels.
+    """A network of two convolutions per resolution, from `resolution` down to 4, then the features of all pixels.
 
     Args:
         resolution: image height and width, at least 8.
@@ -77,7 +91,8 @@ class SmallConvNet(Classifier):
         self, resolution: int = 16, channels: int = 1, classes: int = 10, width: int = 32, feature_dim: int = 64
     ):
         super().__init__(resolution, channels, classes, width, feature_dim)
-        layers, size, inputs = [], resolution, channels
+        layers: list[nn.Module] = []
+        size, inputs = resolution, channels
         while size > 4:
             outputs = width * min(resolution // size, 4)
             for _ in range(2):
@@ -90,7 +105,7 @@ class SmallConvNet(Classifier):
 
 
 class _ResidualBlock(nn.Module):
-    """Two convolutions, each after batch norm and ReLU, added to their input (He et al. 2016, arXiv 1603.05027)."""
+    """Two convolutions, each after batch norm and ReLU, whose result is added to the input (arXiv 1603.05027)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int):
         super().__init__()
@@ -119,8 +134,8 @@ class _ResidualBlock(nn.Module):
 class SmallResNet(Classifier):
     """A wide residual network (Zagoruyko & Komodakis 2016, arXiv 1605.07146) of two blocks at each resolution.
 
-    From `resolution` down to 8, then the mean over the pixels and the features. For natural images, whose classes two
-    convolutions per resolution do not tell apart.
+    Resolutions go from `resolution` down to 8, then come the mean over the pixels and the features. It is for natural
+    images, whose classes two convolutions per resolution do not tell apart.
 
     Args:
         resolution: image height and width, at least 8.
@@ -135,7 +150,8 @@ class SmallResNet(Classifier):
     ):
         super().__init__(resolution, channels, classes, width, feature_dim)
         self.config["architecture"] = "residual"
-        layers, size, inputs = [nn.Conv2d(channels, width, 3, padding=1, bias=False)], resolution, width
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
+        size, inputs = resolution, width
         while size >= 8:
             outputs = width * min(resolution // size, 4)
             layers += [
@@ -160,7 +176,7 @@ def save_small(
         net: the network.
         path: the file.
         name: what metric names call it, as 'digits' in fd2k_full@digits.
-        report: plain values to keep beside the weights, such as the held-out accuracy.
+        report: plain values that are kept beside the weights, such as the held-out accuracy.
         half: store float16, in half the bytes. `load_small` gives float32 either way.
     """
     content = {"format": FORMAT, "name": name, "config": json.dumps(net.config), "report": json.dumps(report or {})}
@@ -172,10 +188,13 @@ def save_small(
 
 
 def load_small(path: str | os.PathLike) -> tuple[Classifier, str, dict]:
-    """Read a file of `save_small`: the network in eval mode without gradients, its name, its report.
+    """Read a file of `save_small`.
+
+    Returns:
+        The network in eval mode without gradients, its name, and its report.
 
     Raises:
-        InputError: naming the file, when it is damaged or something else.
+        InputError: the file is damaged or something else; the message names it.
     """
     try:
         with safetensors.safe_open(os.fspath(path), framework="pt") as file:

@@ -5,6 +5,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +18,16 @@ IDENTITY = ("detector", "detector_hash", "dataset", "dataset_hash", "resolution"
 
 
 def moments(features: np.ndarray, ddof: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [F] and covariance [F, F] of features [N, F], in float64.
+    """Return the mean [F] and covariance [F, F] of features [N, F], in float64.
 
     Args:
         features: shape [N, F], N > ddof.
         ddof: the covariance divides by N - ddof. 1 (unbiased) is what the EDM, pytorch-fid and torch-fidelity tools and
             their reference files use, and what this project uses everywhere. 0 is the StyleGAN2-ADA convention; at 50k
             samples the two differ by 2e-5 of the covariance.
+
+    Raises:
+        InputError: there are too few features, or they have another shape.
     """
     features = np.asarray(features, np.float64)
     if features.ndim != 2 or len(features) <= ddof:
@@ -39,8 +43,8 @@ class FeatureStatistics:
 
     Attributes:
         mu, sigma: mean [F] and covariance [F, F], float64.
-        count: number of images, or None when the file does not say.
-        identity: the known ones of `IDENTITY`.
+        count: number of images; None when the file does not say.
+        identity: those of the fields `IDENTITY` that are known.
         features: the features themselves [count, F], where they were kept (kernel distance and precision need them).
     """
 
@@ -52,18 +56,20 @@ class FeatureStatistics:
 
     @property
     def feature_dim(self) -> int:
+        """The number of features."""
         return self.mu.size
 
     def save(self, path: str | os.PathLike, features_dtype: str = "float32", compress: bool = True) -> None:
         """Write an .npz with the official keys `mu` and `sigma`, our identity fields, and the features if kept.
 
         Args:
-            path: where to; replaced atomically.
-            features_dtype: 'float32', or 'float16' for half the size (3 digits, enough for kernel distance; close calls
-                of precision and recall may change).
+            path: the file, which is replaced atomically.
+            features_dtype: 'float32', or 'float16' for half the size (3 digits, which is enough for the kernel
+                distance; precision and recall may change in close cases).
             compress: False writes 50,000 features of 2048 in a second instead of half a minute, a tenth larger.
         """
-        content = {"mu": self.mu, "sigma": self.sigma, **{key: np.array(self.identity[key]) for key in self.identity}}
+        content: dict[str, Any] = {"mu": self.mu, "sigma": self.sigma}
+        content |= {key: np.array(value) for key, value in self.identity.items()}
         if self.count is not None:
             content["count"] = np.array(self.count)
         if self.features is not None:
@@ -76,7 +82,7 @@ class FeatureStatistics:
         """Read an .npz of `save`, or any with `mu` and `sigma` as the EDM and pytorch-fid tools write.
 
         Raises:
-            InputError: naming the file, when it is missing, no .npz, incomplete, damaged or contradictory.
+            InputError: the file, which the message names, is missing, no .npz, incomplete, damaged or contradictory.
         """
         path = Path(path)
         try:
@@ -114,7 +120,10 @@ class FeatureMoments:
     """Streaming mean and covariance of feature batches, in float64 on the device the features live on.
 
     Args:
-        keep: how many of the first features to keep as they are (0: none).
+        keep: how many of the first images' features to keep as they are.
+
+    Attributes:
+        count: number of images so far.
     """
 
     def __init__(self, keep: int = 0):
@@ -129,7 +138,7 @@ class FeatureMoments:
         """Take in a batch of features, shape [N, F].
 
         Raises:
-            InputError: another feature size than before.
+            InputError: the features have another size than before.
         """
         features = torch.as_tensor(features)
         if features.device.type == "mps":  # has no float64
@@ -139,17 +148,23 @@ class FeatureMoments:
             raise InputError(f"expected features [N, {expected}], got {list(features.shape)}")
         double = features.double()
         batch_sum, outer = double.sum(dim=0), double.T @ double
-        self._sum = batch_sum if self._sum is None else self._sum + batch_sum
-        self._outer = outer if self._outer is None else self._outer.add_(outer)
+        if self._sum is None or self._outer is None:
+            self._sum, self._outer = batch_sum, outer
+        else:
+            self._sum, self._outer = self._sum + batch_sum, self._outer.add_(outer)
         self.count += len(features)
         if self._num_kept < self.keep:  # or nothing has to leave the device
             self._keep(features.float().cpu())
 
     def merge(self, other: "FeatureMoments") -> None:
-        """Add what `other` has seen, as if its batches had been appended here."""
-        if other._sum is None:
+        """Add what `other` has seen, as if its batches had been appended here.
+
+        Raises:
+            InputError: its features have another size.
+        """
+        if other._sum is None or other._outer is None:
             return
-        if self._sum is None:
+        if self._sum is None or self._outer is None:
             self._sum, self._outer = torch.zeros_like(other._sum), torch.zeros_like(other._outer)
         if self._sum.shape != other._sum.shape:
             raise InputError(f"cannot merge features of size {other._sum.numel()} into size {self._sum.numel()}")
@@ -160,19 +175,19 @@ class FeatureMoments:
 
     @classmethod
     def merged(cls, parts: list["FeatureMoments"], keep: int) -> "FeatureMoments":
-        """What several processes have seen, in their order, keeping the first `keep` features."""
+        """Join what several processes have seen, in their order, and keep the features of the first `keep` images."""
         whole = cls(keep)
         for part in parts:
             whole.merge(part)
         return whole
 
     def moments(self, ddof: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Mean [F] and covariance [F, F] so far, as the function `moments` gives them.
+        """Return mean [F] and covariance [F, F] so far, as the function `moments` does.
 
         Raises:
-            InputError: fewer than ddof + 1 features so far.
+            InputError: there are fewer than ddof + 1 images so far.
         """
-        if self.count <= ddof:
+        if self.count <= ddof or self._sum is None or self._outer is None:
             raise InputError(f"mean and covariance need more than {ddof} images, got {self.count}")
         mu = self._sum / self.count
         sigma = (self._outer - torch.outer(mu, self._sum)) / (self.count - ddof)
@@ -186,7 +201,7 @@ class FeatureMoments:
         return self._kept[: self._num_kept].numpy()
 
     def statistics(self, **identity: str | int) -> FeatureStatistics:
-        """The state as `FeatureStatistics`, with the features if all of them were kept.
+        """Return what was seen as `FeatureStatistics`, with the features if all of them were kept.
 
         Args:
             identity: any of `IDENTITY`.
@@ -199,10 +214,10 @@ class FeatureMoments:
         return FeatureStatistics(mu, sigma, self.count, dict(identity), features)
 
     def cpu(self) -> "FeatureMoments":
-        """A copy in main memory, fit for sending to another process."""
+        """Return a copy in main memory, fit for sending to another process."""
         copy = FeatureMoments(self._num_kept)  # no unused rows
         copy.merge(self)
-        if copy._sum is not None:
+        if copy._sum is not None and copy._outer is not None:
             copy._sum, copy._outer = copy._sum.cpu(), copy._outer.cpu()
         return copy
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from di_refine.errors import InputError, RunError
 from di_refine.metrics.small import ARCHITECTURES, Classifier
+from di_refine.pretraining.config import FeaturesConfig
 from di_refine.runs import checkpoint
 from torch_utils.misc import derive_seed
 
@@ -20,21 +22,11 @@ def train_features(
     labels: np.ndarray,
     *,
     held_out: tuple[np.ndarray, np.ndarray] | None = None,
-    architecture: str = "plain",
-    width: int = 32,
-    feature_dim: int = 64,
-    epochs: int = 60,
-    batch: int = 64,
-    lr: float = 3e-3,
-    weight_decay: float = 0.05,
-    augment: str = "warp",
-    mirror: bool = False,
-    precision: str = "fp32",
-    seed: int = 0,
     device: str | torch.device = "cpu",
     state: str | os.PathLike | None = None,
     max_seconds: float | None = None,
     progress: Callable[[int, int, float], None] | None = None,
+    **settings,
 ) -> tuple[Classifier | None, dict]:
     """Train a feature network on nine tenths of the images and judge it on the rest.
 
@@ -45,18 +37,11 @@ def train_features(
         images: uint8 [N, C, R, R].
         labels: class numbers, integer [N]; the classes are 0 to the largest.
         held_out: images and labels to judge the network by; then all of `images` are trained on.
-        architecture: a key of `ARCHITECTURES`.
-        width, feature_dim: of the network.
-        epochs: passes over the images, each time augmented anew.
-        batch, lr, weight_decay: of AdamW; the rate falls to zero along a cosine.
-        augment: a key of `AUGMENTATIONS`.
-        mirror: also flip images left to right; wrong for digits.
-        precision: 'fp32', or 'bf16' for autocast, which is for GPUs and no longer repeats bit for bit there.
-        seed: of the split, the first weights, the order and the augmentation.
         device: where to train.
         state: a file that the training is continued from, if it is there, and saved to where `max_seconds` ends it.
         max_seconds: stop after the epoch in which this is over.
         progress: called after each epoch with (epochs done, epochs, mean loss).
+        settings: of `FeaturesConfig`.
 
     Returns:
         The network on the CPU in eval mode, and a report: held-out accuracy (0..1), counts, settings. Where time was
@@ -66,18 +51,21 @@ def train_features(
         InputError: arrays that do not fit together, too few images, or a state of other settings.
         RunError: the loss is no longer finite.
     """
+    o = FeaturesConfig(**settings)
     images, labels = _checked(images, labels)
     if len(images) < 20:
         raise InputError(f"features need at least 20 labelled images, got {len(images)}")
     classes = int(labels.max()) + 1
     device = torch.device(device)
 
-    generator = torch.Generator().manual_seed(derive_seed("features", seed))
+    generator = torch.Generator().manual_seed(derive_seed("features", o.seed))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed("features weights", seed))
-        net = ARCHITECTURES[architecture](images.shape[2], images.shape[1], classes, width, feature_dim).to(device)
-    if precision == "bf16":
-        net = net.to(memory_format=torch.channels_last)
+        torch.manual_seed(derive_seed("features weights", o.seed))
+        net = ARCHITECTURES[o.architecture](images.shape[2], images.shape[1], classes, o.width, o.feature_dim).to(
+            device
+        )
+    if o.precision == "bf16":
+        net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     pixels, classes_of = _on(device, images, labels)
     if held_out is None:
@@ -86,22 +74,21 @@ def train_features(
         test = pixels[unseen.to(device)], classes_of[unseen.to(device)]
     else:
         test, training = _on(device, *_checked(*held_out)), torch.arange(len(images))
-    batch = min(batch, len(training))
+    batch = min(o.batch, len(training))
     steps = len(training) // batch
-    optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps, pct_start=0.15)
-    settings = [architecture, width, feature_dim, epochs, batch, lr, weight_decay, augment, mirror, precision, seed]
-    saved = _Saved(state, [*settings, len(images)], net=net, optimizer=optimizer, schedule=schedule)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=o.lr, weight_decay=o.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, o.lr, total_steps=o.epochs * steps, pct_start=0.15)
+    saved = _Saved(state, [asdict(o), len(images)], net=net, optimizer=optimizer, schedule=schedule)
     first, clock = saved.load(generator), time.monotonic()
     if progress is not None and first:
-        progress(first, epochs, float("nan"))
-    with _deterministic_convolutions(precision == "fp32"):
-        for epoch in range(first, epochs):
+        progress(first, o.epochs, float("nan"))
+    with _deterministic_convolutions(o.precision == "fp32"):
+        for epoch in range(first, o.epochs):
             order = training[torch.randperm(len(training), generator=generator)]
             total = torch.zeros([], device=device)
             for index in order[: steps * batch].reshape(steps, batch).to(device):
-                changed = AUGMENTATIONS[augment](pixels[index].float(), mirror, generator)
-                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                changed = AUGMENTATIONS[o.augment](pixels[index].float(), o.mirror, generator)
+                with torch.autocast(device.type, torch.bfloat16, enabled=o.precision == "bf16"):
                     loss = F.cross_entropy(net.logits(net(changed)), classes_of[index], label_smoothing=0.05)
                 optimizer.zero_grad()
                 loss.backward()
@@ -112,20 +99,20 @@ def train_features(
             if not np.isfinite(mean_loss):
                 raise RunError(f"the loss of the feature network is {mean_loss} after epoch {epoch + 1}; lower lr")
             if progress is not None:
-                progress(epoch + 1, epochs, mean_loss)
-            if max_seconds is not None and epoch + 1 < epochs and time.monotonic() - clock > max_seconds:
+                progress(epoch + 1, o.epochs, mean_loss)
+            if max_seconds is not None and epoch + 1 < o.epochs and time.monotonic() - clock > max_seconds:
                 saved.save(generator, epoch + 1)
-                return None, {"epochs": epochs, "epochs_done": epoch + 1}
+                return None, {"epochs": o.epochs, "epochs_done": epoch + 1}
     net.eval().requires_grad_(False)
     report = {
         "held_out_accuracy": _accuracy(net, *test),
         "held_out_images": len(test[0]),
         "training_images": len(training),
-        "epochs": epochs,
-        "seed": seed,
+        "epochs": o.epochs,
+        "seed": o.seed,
     }
     saved.remove()
-    return net.to("cpu", memory_format=torch.contiguous_format), report
+    return net.to("cpu", memory_format=torch.contiguous_format), report  # type: ignore[call-overload]
 
 
 class _Saved:

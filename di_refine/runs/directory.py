@@ -1,4 +1,7 @@
-"""Run directories: their names, lock and logs."""
+"""Run directories: their names, locks and logs, and which of them a command continues.
+
+To resume a run is to repeat its command: `open_run` finds the directory, or makes a new one.
+"""
 
 import contextlib
 import errno
@@ -8,37 +11,49 @@ import os
 import re
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
-from di_refine.errors import InputError
+from di_refine.errors import InputError, RunError
+from di_refine.files.run_files import RunFiles, snapshot_kimg, state_kimg
 from di_refine.runs import checkpoint
+from di_refine.runs.config import RunConfig
 from torch_utils import distributed, misc
+from torch_utils.settings import declared
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock
-    fcntl = None
+except ImportError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
 
-OPTIONS = "training_options.json"
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_PLACES = frozenset(item.name for item in declared(RunConfig))
+"""Settings that say where a run is, not how it goes."""
 
 
 class RunDirectory:
-    """A numbered folder of results, `00000-<description>`, with the file names of the StyleGAN family.
+    """A numbered folder of results, `00000-<description>`.
 
     Of several processes only the first writes; for the others everything here does nothing.
 
     Attributes:
-        path: the folder.
+        files: the names of the files in it.
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.files = RunFiles(path)
         self._writes = distributed.is_first()
-        self._writer = None
+        self._writer: SummaryWriter | None = None
         self._purge_step: int | None = None
-        self._lock = None
+        self._lock: IO[bytes] | None = None
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.files.path
 
     @classmethod
     def create(cls, outdir: str | os.PathLike, description: str, options: dict[str, Any]) -> "RunDirectory":
@@ -69,13 +84,13 @@ class RunDirectory:
         if self._lock is not None or not self._writes or fcntl is None:
             return
         # The lock is on a file that is always there, and that is never replaced by another one of its name.
-        handle = open(self.path / "log.txt", "ab")  # noqa: SIM115
+        handle = open(self.files.log, "ab")  # noqa: SIM115
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.close()
             raise InputError(
-                f"{self.path} is in use: another process is writing there; wait for its end, or name another --outdir"
+                f"{self.path} is in use: another process is writing there; wait for its end, or name another `outdir`"
             ) from None
         except OSError:  # some network file systems have no locks
             pass
@@ -94,27 +109,30 @@ class RunDirectory:
     # ------------------------------------------------------------------------------------------------------------------
 
     def log(self, text: str) -> None:
-        """One line on stderr and in `log.txt`."""
+        """Write one line to stderr and to `log.txt`."""
         if self._writes:
             print(text, file=sys.stderr, flush=True)
-            self._append("log.txt", text)
+            self._append(self.files.log, text)
 
-    def append(self, name: str, record: dict[str, Any]) -> None:
-        """One JSON object as one line of `name`; what is not finite becomes null."""
+    def append_stats(self, record: dict[str, Any]) -> None:
+        """Write one JSON object as one line of `stats.jsonl`; what is not finite becomes null."""
         if self._writes:
-            self._append(name, json.dumps(_finite(record), allow_nan=False))
+            self._append(self.files.stats, json.dumps(_finite(record), allow_nan=False))
 
     def scalars(self, record: dict[str, Any], nimg: int) -> None:
-        """The same numbers as TensorBoard events at step `nimg`, lists as `name/0`, `name/1`, ..., where tensorboard is
-        installed.
+        """Write numbers for TensorBoard, where that is installed.
+
+        Args:
+            record: numbers, and lists of them, which become `name/0`, `name/1`, ...
+            nimg: images seen, which is TensorBoard's step.
         """
         if not self._writes:
             return
         try:
-            from torch.utils.tensorboard import SummaryWriter
+            from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
         except ImportError:
             return
-        with checkpoint.saving(self.path / "events.out.tfevents"):
+        with checkpoint.saving(self.files.events):
             if self._writer is None:
                 self._writer = SummaryWriter(str(self.path), purge_step=self._purge_step)
             for key, value in record.items():
@@ -126,43 +144,43 @@ class RunDirectory:
     def write_options(self, options: dict[str, Any]) -> None:
         """Write `training_options.json`."""
         if self._writes:
-            with checkpoint.saving(self.path / OPTIONS), misc.open_atomic(self.path / OPTIONS, "w") as file:
+            with checkpoint.saving(self.files.options), misc.open_atomic(self.files.options, "w") as file:
                 json.dump(options, file, indent=2)
                 file.write("\n")
 
     def rewind(self, nimg: int) -> None:
         """Make the logs end at `nimg` images, -1 for none, and clear away what a killed process left half-written.
 
-        Ticks and measurements after that are dropped, and so is a torn line; training states after that are renamed to
-        `*.old`, since a state that is continued past would later be taken for the newest.
+        Ticks and measurements after that are dropped, and so is a torn line. Training states after that are renamed to
+        `*.old`: they belong to a future that is given up, and would later be taken for the newest.
         """
         if not self._writes:
             return
-        with checkpoint.saving(self.path / "stats.jsonl"):
-            for entry in self.path.glob(".*.tmp"):
+        with checkpoint.saving(self.files.stats):
+            for entry in self.files.half_written():
                 entry.unlink(missing_ok=True)
-            for state in checkpoint.in_folder(self.path):
-                if checkpoint.kimg_of(state) > nimg // 1000:
+            for state in self.files.states():
+                if (state_kimg(state.name) or 0) > nimg // 1000:
                     state.rename(state.with_name(state.name + ".old"))
                     self.log(f"{state.name} is not continued from and is now {state.name}.old")
-            _filter_lines(self.path / "stats.jsonl", lambda record: round(record["kimg"] * 1000) <= nimg)
-            for path in self.path.glob("metric-*.jsonl"):
+            _filter_lines(self.files.stats, lambda record: round(record["kimg"] * 1000) <= nimg)
+            for path in self.files.metrics():
                 _filter_lines(path, lambda record: _measured_at(record) <= nimg)
-            log = self.path / "log.txt"
+            log = self.files.log
             if log.is_file() and not log.read_bytes().endswith(b"\n"):
-                self._append("log.txt", "")
-        if any(self.path.glob("events.out.tfevents.*")):
+                self._append(log, "")
+        if self.files.event_files():
             self._purge_step = nimg + 1
 
     def newest_state(self) -> Path | None:
-        """The training state with the most images, intact or not, or None."""
-        return next(iter(checkpoint.in_folder(self.path)), None)
+        """Return the training state with the most images, intact or not; None where there is none."""
+        return next(iter(self.files.states()), None)
 
-    def _append(self, name: str, line: str) -> None:
+    def _append(self, path: Path, line: str) -> None:
         """Add a line by a single write, so that a kill cannot tear it; where the disk is full, add nothing."""
         data = line.encode() + b"\n"
-        with checkpoint.saving(self.path / name):
-            handle = os.open(self.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        with checkpoint.saving(path):
+            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:
                 size = os.fstat(handle).st_size
                 written = os.write(handle, data)
@@ -173,8 +191,173 @@ class RunDirectory:
                 os.close(handle)
 
 
-_locks: weakref.WeakSet = weakref.WeakSet()
-"""Lock files of this process: a forked worker closes its copies, for otherwise it would keep the lock alive."""
+# ----------------------------------------------------------------------------------------------------------------------
+# Which run goes on
+
+
+def find_run_to_resume(path: str | os.PathLike, warn: Callable[[str], None] | None = None) -> tuple[RunDirectory, Path]:
+    """Return a run directory and its newest intact training state.
+
+    Args:
+        path: the directory, or a training state in it, which then is the one to continue from.
+        warn: called with a sentence for each newer state that is damaged; None prints it.
+
+    Raises:
+        InputError: the path is neither, or the run has saved no state yet, or none of its states is intact.
+    """
+    path = Path(path)
+    if path.is_dir():
+        state = checkpoint.newest_intact(path, warn or _warn)
+        if state is None:
+            raise InputError(f"resume={path} has no training state; name a run directory that has one")
+        return RunDirectory(path), state
+    if path.is_file() and state_kimg(path.name) is not None:
+        return RunDirectory(path.parent), path
+    raise InputError(f"resume={path} is neither a run directory nor a training state in one")
+
+
+def open_run(
+    outdir: str | os.PathLike,
+    resume: str | os.PathLike | None,
+    description: str,
+    options: dict[str, Any],
+    may_change: Collection[str],
+) -> tuple[RunDirectory, Path | None]:
+    """Return the run directory that a command writes to, locked, and the state that it continues from, if any.
+
+    * `outdir` is a run directory itself: that run goes on, from its beginning where it has saved nothing yet;
+    * `resume` is 'auto': the newest run under `outdir` with this description and command goes on, if there is one;
+    * `resume` is a run directory or a training state: that one goes on;
+    * otherwise there is a new directory under `outdir`.
+
+    Settings that changed since are listed in the log, and the new values recorded. All processes call this; the first
+    decides.
+
+    Args:
+        outdir: as above.
+        resume: as above, or None.
+        description: the part after the number in a run directory's name.
+        options: what `training_options.json` is to say: settings and facts by name, the command's as 'command'.
+        may_change: names of those that may differ from what is recorded, see `torch_utils.settings.may_change`.
+
+    Raises:
+        InputError: there is nothing to continue at `resume`, another process is writing there, or something differs
+            that may not.
+    """
+    run = None
+
+    def decide() -> tuple[Path, Path | None]:
+        nonlocal run
+        warnings: list[str] = []
+        path, state = _existing(Path(outdir), resume, description, options, warnings.append)
+        if path is None:
+            run = RunDirectory.create(outdir, description, options)
+            return run.path, None
+        recorded = _read_options(path) or {}
+        changes = _changes(recorded, options, may_change, path)
+        run = RunDirectory(path)
+        run.lock()
+        for warning in warnings:
+            run.log(f"warning: {warning}")
+        for name, (old, new) in changes.items():
+            if name not in _PLACES:
+                run.log(f"{name}: {json.dumps(old)} -> {json.dumps(new)}")
+        listed = {name: new for name, (_, new) in changes.items() if name not in _PLACES}
+        if listed or not recorded:
+            run.write_options({**(recorded or options), **listed})
+        return path, state
+
+    path, state = _on_first(decide)
+    return run or RunDirectory(path), state
+
+
+def _on_first(function: Callable[[], Any]) -> Any:
+    """Return what a function returns on the first process, on all of them, or raise there what it raises."""
+    value, failure = None, None
+    if distributed.is_first():
+        try:
+            value = function()
+        except (InputError, RunError, OSError) as error:
+            if distributed.world_size() == 1:
+                raise
+            failure = error
+    value, failure = distributed.broadcast_object((value, failure))
+    if failure is not None:
+        raise failure
+    return value
+
+
+def _existing(
+    outdir: Path, resume: str | os.PathLike | None, description: str, options: dict, warn: Callable[[str], None]
+) -> tuple[Path | None, Path | None]:
+    """Return the run directory to go on with and its state, each None where there is none."""
+    if resume and str(resume) != "auto":
+        run, state = find_run_to_resume(resume, warn)
+        return run.path, state
+    path = None
+    if RunFiles(outdir).options.is_file():
+        path = outdir
+    elif resume and outdir.is_dir():
+        fitting = [
+            entry
+            for entry in outdir.iterdir()
+            if re.fullmatch(r"\d{5}-" + re.escape(description), entry.name)
+            and (recorded := _read_options(entry)) is not None
+            and recorded.get("command") == options.get("command")
+        ]
+        path = max(fitting, default=None)
+    return path, checkpoint.newest_intact(path, warn) if path else None
+
+
+def _read_options(path: Path) -> dict[str, Any] | None:
+    file = RunFiles(path).options
+    try:
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read ({error})") from None
+    return recorded if isinstance(recorded, dict) else None
+
+
+def _changes(recorded: dict, options: dict, may_change: Collection[str], path: Path) -> dict[str, tuple[Any, Any]]:
+    """Return name -> (value then, value now) of what differs; what only one side knows does not count.
+
+    Raises:
+        InputError: something differs that may not.
+    """
+    now = json.loads(json.dumps(options))
+    changes = {
+        name: (recorded[name], value) for name, value in now.items() if name in recorded and recorded[name] != value
+    }
+    if "command" in changes:
+        then, command = changes["command"]
+        raise InputError(f"{path} is a run of {then!r} and cannot be continued by {command!r}; name another `outdir`")
+    for name, (old, new) in changes.items():
+        if name not in may_change:
+            raise InputError(
+                f"{path} was started {_with(name, old)} and cannot be continued {_with(name, new)}; give the old value "
+                "to continue that run, or start a new one"
+            )
+    return changes
+
+
+def _with(name: str, value: Any) -> str:
+    """Return 'with name=value', or how a sentence says that a setting has no value."""
+    if value is None:
+        return f"without `{name}`"
+    return f"with {name}={value if isinstance(value, str) else json.dumps(value)}"
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Locks and lines
+
+_locks: weakref.WeakSet[IO[bytes]] = weakref.WeakSet()
+"""The lock files of this process. A forked worker closes its copies, for otherwise it would keep the lock alive."""
 
 
 def _close_locks() -> None:
@@ -211,6 +394,5 @@ def _filter_lines(path: Path, keep: Callable[[dict], bool]) -> None:
 
 
 def _measured_at(record: dict) -> int:
-    """Images (rounded down to thousands) of the snapshot that a line of `metric-*.jsonl` is about."""
-    found = re.fullmatch(r"network-snapshot-(\d+)\.pkl", record["snapshot_pkl"] or "")
-    return int(found[1]) * 1000 if found else 0
+    """Return the images, rounded down to thousands, of the snapshot that a line of a metric's file is about."""
+    return (snapshot_kimg(record["snapshot_pkl"] or "") or 0) * 1000

@@ -1,39 +1,40 @@
-"""What is logged of each tick besides what a trainer reports: means of its reports, and memory."""
+"""Numbers for the log of a tick: the means of what a trainer reports, and the peaks of memory."""
 
 import resource
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 
 class Means:
-    """Means over the steps of a tick of what `step()` returns; waits for no device before `read`.
+    """The means over the steps of a tick of what the trainer reports. Only `read` waits for the device.
 
-    In vectors NaN entries are left out; a scalar that is NaN stays visible.
+    In vectors NaN entries are left out; a scalar that is NaN makes the mean NaN.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor | float] = {}
-        self._counts: dict[str, torch.Tensor | int] = {}
+        self._counts: dict[str, torch.Tensor | float] = {}
 
-    def add(self, values: dict[str, torch.Tensor | float]) -> None:
-        """Count one step in; a name that is not in every step is averaged over the steps that have it."""
+    def add(self, values: Mapping[str, torch.Tensor | float]) -> None:
+        """Add one step; a name that is not in every step is averaged over the steps that have it."""
         for name, value in values.items():
-            count = 1
+            count: torch.Tensor | float = 1
             if isinstance(value, torch.Tensor):
                 value = value.detach()
                 if value.ndim:
                     count = (~value.isnan()).float()
                     value = value.nan_to_num(nan=0.0, posinf=float("inf"), neginf=float("-inf"))
-            for sums, more in [(self._sums, value), (self._counts, count)]:
-                before = sums.get(name, 0)
+            for sums, more in ((self._sums, value), (self._counts, count)):
+                before: torch.Tensor | float = sums.get(name, 0)
                 if isinstance(before, torch.Tensor) and isinstance(more, torch.Tensor):
                     before = before.to(more.device)  # sums that were loaded are on the CPU
                 sums[name] = before + more
 
     def read(self) -> dict[str, float | list[float]]:
-        """Name -> mean, NaN where there was nothing."""
+        """Return name -> mean, NaN where there was nothing."""
         sizes = {name: max(torch.as_tensor(value).numel(), 1) for name, value in self._sums.items()}
         if not sizes:
             return {}
@@ -48,7 +49,7 @@ class Means:
         return {name: m.tolist() if name in vectors else m.item() for name, m in zip(sizes, means)}
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums so far."""
+        """Return the sums so far."""
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -57,7 +58,7 @@ class Means:
 
 
 def peak_memory() -> dict[str, float]:
-    """Peaks in GiB: of this process so far, and of what PyTorch had on its GPUs since the last call."""
+    """Return peaks in GiB: of this process so far, and of what PyTorch had on its GPUs since the last call."""
     unit = 1 if sys.platform == "darwin" else 1024
     record = {"cpu_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
     if torch.cuda.is_initialized():

@@ -1,4 +1,4 @@
-"""Asking a running loop to stop: by a signal, by the clock, and the same on all processes.
+"""Requests to a running loop to stop, by a signal or by the clock, and the same on all processes.
 
 SIGTERM (a batch system ends the job), SIGUSR1 (what SLURM sends before the time limit, with `--signal=USR1@120`) and
 SIGINT (Ctrl-C) are remembered, and acted upon at the next boundary between steps. A second SIGINT quits at once.
@@ -8,65 +8,60 @@ import os
 import signal
 import threading
 import time
-
-import torch
+from typing import Any
 
 from torch_utils import distributed
 
 REASONS = (None, "max_minutes", "SIGUSR1", "SIGTERM", "SIGINT")
-"""Why a loop stops before its end; where processes have different reasons, the last of them counts."""
+"""Why a loop stops before its end. Where processes have different reasons, the one further back here counts."""
 
 
 class Interrupted(Exception):
-    """Raised by `check` in work that takes long and can be done again."""
+    """Work that takes long and can be done again was given up, because a signal came."""
 
 
 class StopRequest:
-    """While this context is entered, requests to stop are collected instead of ending the process.
+    """Collects requests to stop while its context is entered; signals then do not end the process.
 
     Signals reach the main thread alone; in another thread only the clock counts. The handlers from before come back at
     the end.
 
     Args:
-        max_seconds: `reason()` is 'max_minutes' after this long; None for never. Changes of the system's clock do not
-            matter.
+        max_seconds: `reason()` is 'max_minutes' after so many seconds, whatever the system's clock does meanwhile; None
+            for never.
 
     Attributes:
-        signal: name of the first signal so far, or None.
+        signal: the name of the first signal so far, or None.
     """
 
     def __init__(self, max_seconds: float | None = None):
         self.signal: str | None = None
         self._limit, self._start = max_seconds, time.monotonic()
         self._interrupted_at: float | None = None
-        self._previous = {}
+        self._previous: dict[int, Any] = {}
         self._process = os.getpid()
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            for name in REASONS[2:]:
-                if hasattr(signal, name):
+            for name in ("SIGUSR1", "SIGTERM", "SIGINT"):
+                if hasattr(signal, name):  # Windows has no SIGUSR1
                     number = getattr(signal, name)
                     self._previous[number] = signal.signal(number, self._receive)
         _active.append(self)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         _active.remove(self)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     def reason(self) -> str | None:
-        """Why to stop now, one of `REASONS`. All processes must ask at the same time, and get the same answer."""
+        """Return why to stop now, one of `REASONS`. All processes must ask together, and get the same answer."""
         late = self._limit is not None and time.monotonic() - self._start > self._limit
         reason = self.signal or ("max_minutes" if late else None)
-        if distributed.world_size() == 1:
-            return reason
-        code = torch.tensor(REASONS.index(reason))  # on the CPU: asking must not wait for a GPU
-        torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX)
-        return REASONS[code.item()]
+        return REASONS[distributed.highest(REASONS.index(reason))]
 
-    def _receive(self, number: int, _frame) -> None:
+    def _receive(self, number: int, _frame: object) -> None:
         if os.getpid() != self._process:
             return  # a worker that loads data: it goes with its parent, who may still need it
         name = signal.Signals(number).name
@@ -89,9 +84,9 @@ _active: list[StopRequest] = []
 
 
 def check() -> None:
-    """For work between steps that takes long, such as measuring: give up if a signal asks to stop.
+    """Give up work that takes long, such as measuring, if a signal asks to stop.
 
-    Several processes that work together go on, because one that leaves would hang the others.
+    Where several processes work together nothing is given up, because the others would wait for one that leaves.
 
     Raises:
         Interrupted: a signal came.

@@ -12,6 +12,8 @@ from pathlib import Path
 import click
 from stages import NAME, ROOT, Stage, stage
 
+from di_refine.files.run_files import RunFiles
+
 # File, the stage's name, kind in the registry, what it is. The first matter most.
 FILES = [
     (f"features-{NAME}.safetensors", "features", "features", "image classifier whose features the metrics use"),
@@ -74,10 +76,10 @@ def main(stage: Stage, dest: str | None, limit_mib: float):
 
 def _write_network(source: Path, path: Path, kind: str) -> int:
     """Write what a generator needs, in half precision, and return its resolution."""
-    from di_refine.generators import load_networks
+    from di_refine.files import networks as files
     from torch_utils import persistence
 
-    networks = {key: value for key, value in load_networks(source)[1].items() if key in KEPT[kind]}
+    networks = {key: value for key, value in files.load(source).networks.items() if key in KEPT[kind]}
     persistence.save(networks, path, half=True)
     return networks[KEPT[kind][0]].img_resolution
 
@@ -104,7 +106,7 @@ def _entry(stage: Stage, file: str, name: str, kind: str, what: str) -> dict:
     trained = {"gan": ("refine", "refined"), "teacher": ("distill", "one-step")}.get(name)
     result = trained and stage.result(trained[1])
     if result:
-        options = json.loads((Path(result["run_dir"]) / "training_options.json").read_text("utf-8"))
+        options = json.loads(RunFiles(result["run_dir"]).options.read_text("utf-8"))
         wanted = [*REFINE_OPTIONS, *(["init_sigma"] if trained[0] == "distill" else [])]
         entry[trained[0]] = {**{key: options[key] for key in wanted}, "kimg": round(result["kimg"], 3)}
     return entry

@@ -9,9 +9,9 @@ from stages import Stage
 from torch.utils.flop_counter import FlopCounterMode
 
 from di_refine.commands import cli
-from di_refine.files import pictures
+from di_refine.files import networks, pictures
 from di_refine.files.datasets import ImageDataset
-from di_refine.generators import NetworkSampler, load_networks, load_sampler
+from di_refine.generators import NetworkSampler, load_sampler
 from stylegan2_ada.networks import Discriminator
 
 
@@ -60,13 +60,13 @@ def operations(stage: Stage) -> dict[str, float]:
     """
     made: dict[str, float] = {}
     if stage.result("teacher"):
-        net = load_networks(stage.network("teacher", "teacher.py"))[1]["ema"]
+        net = networks.load(stage.network("teacher", "teacher.py")).average
         shape = [1, net.img_channels, net.img_resolution, net.img_resolution]
         teacher = _count(lambda: net(torch.zeros(shape), torch.ones(1), torch.zeros([1, net.label_dim])))
         made["teacher"] = 3 * teacher
     if stage.result("gan"):
-        networks = load_networks(stage.network("gan", "gan.py"))[1]
-        G, D = networks["G_ema"].requires_grad_(True), networks["D"].requires_grad_(True)
+        pair = networks.load(stage.network("gan", "gan.py")).networks
+        G, D = pair["G_ema"].requires_grad_(True), pair["D"].requires_grad_(True)
         labels = torch.zeros([1, G.c_dim])
         picture = G(torch.zeros([1, G.z_dim]), labels)
         generator = _count(lambda: G(torch.zeros([1, G.z_dim]), labels))

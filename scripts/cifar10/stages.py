@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 NAME = "cifar10"  # of the feature network, in metrics' names
 sys.path.insert(0, str(ROOT))
 
+from di_refine.files.run_files import RunFiles  # noqa: E402
+
 
 @dataclass
 class Stage:
@@ -216,7 +218,7 @@ def _description(content: dict, labels: list) -> tuple[str, str]:
 
 def ticks(run_dir: str | Path) -> list[dict[str, Any]]:
     """The lines of a run's `stats.jsonl`."""
-    return [json.loads(line) for line in (Path(run_dir) / "stats.jsonl").read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in RunFiles(run_dir).stats.read_text("utf-8").splitlines()]
 
 
 def training_seconds(run_dir: str | Path, from_kimg: float = 0) -> float:

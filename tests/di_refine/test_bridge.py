@@ -141,9 +141,9 @@ def test_copies_and_state():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ((2, 8, 1, 8), "--network has images of 2 channels"),
-        ((1, 8, 4, 8), "--teacher has images of 4 channels"),
-        ((1, 0, 1, 8), "--network has images of 0 pixels"),
+        ((2, 8, 1, 8), "`network` has images of 2 channels"),
+        ((1, 8, 4, 8), "`teacher` has images of 4 channels"),
+        ((1, 0, 1, 8), "`network` has images of 0 pixels"),
     ],
 )
 def test_bad_sizes(arguments, words):

@@ -1,15 +1,16 @@
 """Several teachers as one: against closed forms, quadrature, and the networks themselves."""
 
 import copy
+import math
 
 import pytest
 import torch
 from golden_io import GOLDEN
 from quadrature import F64, TEACHERS, Mixture
 
-from di_refine.denoisers import Ensemble, check_weights, parse_weights
+from di_refine.denoisers import Ensemble, check_weights
 from di_refine.errors import InputError
-from di_refine.generators import NetworkSampler
+from di_refine.generators import DiffusionSampler
 from torch_utils import persistence
 
 
@@ -145,7 +146,7 @@ def test_noise_levels_in_common():
     assert ensemble.sigma_max == min(vp.sigma_max, ve.sigma_max)
     level = torch.tensor([0.123, 4.5])
     assert torch.equal(Ensemble([edm, table]).round_sigma(level), table.round_sigma(level))
-    with pytest.raises(InputError, match="--teacher: the teachers have no noise levels in common: one begins at 60"):
+    with pytest.raises(InputError, match="`teacher`: the teachers have no noise levels in common: one begins at 60"):
         Ensemble([Exact(normal(0, 1), 60, 80), Exact(normal(0, 1), 0, 50)])
 
 
@@ -164,8 +165,8 @@ def test_copies():
 
 
 def test_it_can_be_sampled_from():
-    sampler = NetworkSampler(Ensemble([network("ddpmpp_cond")]), num_steps=2)
-    plain = NetworkSampler(network("ddpmpp_cond"), num_steps=2)
+    sampler = DiffusionSampler(Ensemble([network("ddpmpp_cond")]), num_steps=2)
+    plain = DiffusionSampler(network("ddpmpp_cond"), num_steps=2)
     for own, expected in zip(sampler(0, 3, seed=1), plain(0, 3, seed=1)):
         assert torch.equal(own, expected)
 
@@ -174,44 +175,40 @@ def test_it_can_be_sampled_from():
     "attribute, what", [("img_resolution", "resolution"), ("img_channels", "channels"), ("label_dim", "classes")]
 )
 def test_teachers_that_differ(attribute, what):
-    with pytest.raises(InputError, match=f"--teacher: the .*{what} of the teachers is 1 and 7") as caught:
+    with pytest.raises(InputError, match=f"`teacher`: the .*{what} of the teachers is 1 and 7") as caught:
         teacher = Exact(normal(0, 1), **{attribute: 1})
         Ensemble([teacher, Exact(normal(0, 1), **{attribute: 7})])
     assert "\n" not in str(caught.value)
 
 
 def test_no_teachers():
-    with pytest.raises(InputError, match="--teacher is needed"):
+    with pytest.raises(InputError, match="`teacher` is needed"):
         Ensemble([])
 
 
 @pytest.mark.parametrize(
-    "texts, count, words",
+    "weights, words",
     [
-        (["0.5"], 2, "--teacher-weight is given 1 times and --teacher 2 times"),
-        (["0.5", "0.5"], 1, "--teacher-weight is given 2 times and --teacher 1 times"),
-        (["0.5", "0.4"], 2, "--teacher-weight must sum to 1, but 0.5, 0.4 sum to 0.9"),
-        (["1", "1"], 2, "must sum to 1"),
-        (["1.5", "-0.5"], 2, "--teacher-weight must not be negative, but the weights are 1.5, -0.5"),
-        (["nan", "1"], 2, "must not be negative"),
-        (["inf", "0"], 2, "must sum to 1"),
-        (["0.5", "half"], 2, "--teacher-weight must be numbers such as 0.5, not '0.5', 'half'"),
-        (["0.5", ""], 2, "must be numbers"),
+        ([0.5], "`teacher_weight` is given 1 times and `teacher` 2 times"),
+        ([0.5, 0.25, 0.25], "`teacher_weight` is given 3 times and `teacher` 2 times"),
+        ([0.5, 0.4], "`teacher_weight` must sum to 1, but 0.5, 0.4 sum to 0.9"),
+        ([1.0, 1.0], "must sum to 1"),
+        ([1.5, -0.5], "`teacher_weight` must not be negative, but the weights are 1.5, -0.5"),
+        ([math.nan, 1.0], "must not be negative"),
+        ([math.inf, 0.0], "must sum to 1"),
     ],
 )
-def test_bad_weights(texts, count, words):
+def test_bad_weights(weights, words):
     with pytest.raises(InputError, match=words) as caught:
-        parse_weights(texts, count)
+        check_weights(weights, 2)
     assert "\n" not in str(caught.value)
-    if "numbers" not in words:
-        with pytest.raises(InputError, match=words):
-            Ensemble([Exact(normal(0, 1)) for _ in range(count)], [float(text) for text in texts])
+    with pytest.raises(InputError, match=words):
+        Ensemble([Exact(normal(0, 1)) for _ in range(2)], weights)
 
 
 def test_good_weights():
-    assert parse_weights([], 3) == pytest.approx([1 / 3] * 3) == check_weights(None, 3)
-    assert parse_weights(["0.25", " 0.75"], 2) == (0.25, 0.75)
-    assert parse_weights(["1"], 1) == (1.0,)
-    assert parse_weights(["0.3333333"] * 3, 3) == (0.3333333,) * 3, "a millionth is forgiven"
+    assert check_weights([], 3) == pytest.approx([1 / 3] * 3) == check_weights(None, 3)
+    assert check_weights([0.25, 0.75], 2) == (0.25, 0.75)
+    assert check_weights([0.3333333] * 3, 3) == (0.3333333,) * 3, "a millionth is forgiven"
     with pytest.raises(InputError):
-        parse_weights(["0.33333"] * 3, 3)
+        check_weights([0.33333] * 3, 3)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from golden_io import load_npz
 
-from di_refine.noise import WEIGHTS, EdmGrid, LogNormal, expand_as
+from di_refine.noise import EdmGrid, LogNormal, expand_as
+from di_refine.objectives import WEIGHTS
 
 LAWS = [LogNormal(), LogNormal(0.5, 2.0, 0.01, 50.0), EdmGrid(), EdmGrid(0.01, 10.0, 3.0, 1000.0)]
 

@@ -23,7 +23,7 @@ from quadrature import (
 
 from di_refine import objectives
 from di_refine.generators import DistilledGenerator
-from di_refine.noise import WEIGHTS
+from di_refine.objectives import WEIGHTS
 from torch_utils import persistence
 
 all_settings = pytest.mark.parametrize("teacher, generator, s", SETTINGS, ids=lambda value: str(value))

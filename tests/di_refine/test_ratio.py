@@ -8,7 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from di_refine import ratio
-from di_refine.commands.playground import MixtureDenoiser, PlaneDenoiser, reference
+from di_refine.commands.plane import MixtureDenoiser, PlaneDenoiser, reference
+from di_refine.denoisers import encoder_layer
 from di_refine.edm.networks import EDMPrecond
 from di_refine.noise import LogNormal
 from di_refine.ratio import DensityRatio
@@ -51,13 +52,19 @@ def test_calibration_against_the_exact_ratio():
         batch=512,
         score_lr=2e-3,
         ratio_weight=1.0,
-        score_warmup=10**9,
-        ema_nimg=0,
-        sigma=LogNormal(-0.5, 1.0, 0.1, 10.0),
-        sigma_data=1.0,
+        score_warmup=1e06,
+        ema_kimg=0,
     )
     samples = reference(teacher, 512, seed=1)
-    trainer = Trainer(Bumps(ours), teacher, config, student, reference=samples, ratio_layer=student.last_hidden)
+    trainer = Trainer(
+        Bumps(ours),
+        teacher,
+        config,
+        student,
+        reference=samples,
+        ratio_layer=student.last_hidden,
+        sigma=LogNormal(-0.5, 1.0, 0.1, 10.0),
+    )
     for _ in range(700):
         stats = trainer.step()
     assert 0.5 < stats["ratio_loss"] < 2 * math.log(2)
@@ -89,7 +96,7 @@ def test_class_frequencies_of_the_reference_do_not_matter():
                 labels = torch.nn.functional.one_hot((torch.rand(64, generator=rng) > 0.9).long(), 2).float()
                 yield generator(torch.randn(64, 1, generator=rng), labels), labels
 
-    config = TrainerConfig(objective="f-js", batch=64, score_lr=1e-3, ratio_lr=1e-2, score_warmup=10**9, ema_nimg=0)
+    config = TrainerConfig(objective="f-js", batch=64, score_lr=1e-3, ratio_lr=1e-2, score_warmup=1e06, ema_kimg=0)
     trainer = Trainer(generator, net, config, reference=Stream())
     for _ in range(40):
         trainer.step()
@@ -128,7 +135,7 @@ class ImagesOfClass(torch.nn.Module):
 def test_features_come_from_the_encoder_alone(spectral_norm):
     net = unet()
     x, sigma, labels = torch.randn(4, 3, 8, 8), torch.tensor([0.1, 0.5, 1.0, 5.0]), torch.eye(3)[[0, 1, 2, 0]]
-    head = DensityRatio(net, x[:1], labels[:1], spectral_norm=spectral_norm)
+    head = DensityRatio(net, x[:1], labels[:1], encoder_layer(net), spectral_norm=spectral_norm)
     with head.watching() as seen:
         net(x, sigma, labels)
     features = head.features(x, sigma, labels)
@@ -147,7 +154,7 @@ def test_differentiable_in_x_twice():
     """Exact ratio gradients and the R1 penalty go through the encoder, attention included."""
     net = unet()
     x, sigma, labels = torch.randn(2, 3, 8, 8, requires_grad=True), torch.tensor([0.3, 1.0]), torch.eye(3)[:2]
-    head = DensityRatio(net, x[:1], labels[:1])
+    head = DensityRatio(net, x[:1], labels[:1], encoder_layer(net))
     torch.nn.init.normal_(head.out.weight)
     with sdpa_kernel(SDPBackend.MATH):
         logits = head(head.features(x, sigma, labels))
@@ -161,4 +168,4 @@ def test_losses_and_unknown_networks():
     zeros = torch.zeros(3)
     torch.testing.assert_close(ratio.logistic_loss(zeros, zeros), torch.full([3], 2 * math.log(2)))
     with pytest.raises(ValueError, match="name the layer"):
-        ratio.encoder_layer(torch.nn.Linear(2, 2))
+        encoder_layer(torch.nn.Linear(2, 2))

@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import dataclasses
 import io
 import itertools
 import math
@@ -8,15 +9,17 @@ import pytest
 import torch
 from golden_io import GOLDEN, assert_close
 
-from di_refine.commands import playground
+from di_refine.commands import plane
 from di_refine.critic import Critic
+from di_refine.edm.augment import AugmentPipe
 from di_refine.edm.networks import EDMPrecond
-from di_refine.errors import RunError
 from di_refine.generators import StyleGAN2Generator
 from di_refine.noise import EdmGrid, LogNormal
-from di_refine.trainer import Trainer, TrainerConfig
-from di_refine.training_tools import SIGMA_EDGES
+from di_refine.trainer import SIGMA_EDGES, Trainer, TrainerConfig
 from torch_utils import persistence
+from torch_utils.training import NotFiniteError
+
+SETTINGS = {"lr": 1e-3, "score_lr": 1e-3, "batch": 4, "ema_kimg": 0.1, "score_warmup": 0}
 
 
 class ImageGenerator(torch.nn.Module):
@@ -46,8 +49,9 @@ def make_trainer(label_dim: int = 0, student=None, seed: int = 0, **settings) ->
         with torch.no_grad():
             for p in teacher.parameters():
                 p += 0.1 * torch.randn_like(p)
-    config = {"lr": 1e-3, "score_lr": 1e-3, "batch": 4, "ema_nimg": 100, "seed": seed, **settings}
-    return Trainer(generator, teacher, TrainerConfig(**config), student)
+    laws = {name: settings.pop(name) for name in ("sigma", "score_sigma") if name in settings}
+    config = {**SETTINGS, "seed": seed, **settings}
+    return Trainer(generator, teacher, TrainerConfig(**config), student, **laws)
 
 
 def snapshot(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -91,7 +95,7 @@ def gradients(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             found[name] = [p.grad.clone() for p in params if p.grad is not None]
 
-        getattr(trainer, f"{name}_optimizer").register_step_pre_hook(keep)
+        trainer.optimizers[name].register_step_pre_hook(keep)
     return found
 
 
@@ -101,12 +105,12 @@ def gradients(trainer: Trainer) -> dict[str, list[torch.Tensor]]:
 @pytest.mark.parametrize("objective", ["ikl", "uni-rkl"])
 def test_the_divergence_falls(objective):
     """In the plane, where the reverse KL to the teacher can be integrated."""
-    teacher = playground.ring()
-    trainer = playground.make_trainer(teacher, objective)
-    before = playground.distances(trainer.ema, teacher)
+    teacher = plane.ring()
+    trainer = plane.make_trainer(teacher, objective)
+    before = plane.distances(trainer.ema, teacher)
     steps(trainer, 200 + 350)
     trainer.check_finite()
-    after = playground.distances(trainer.ema, teacher)
+    after = plane.distances(trainer.ema, teacher)
     assert after["rkl"] < 0.2 * before["rkl"]
     assert after["js"] < 0.3 * before["js"]
 
@@ -115,10 +119,10 @@ def test_the_divergence_falls(objective):
     "settings",
     [
         {},
-        {"score_warmup": 8},
+        {"score_warmup": 0.008},
         {"objective": "sid", "dropout": "matched"},
         {"batch_gpu": 2, "dropout": "matched", "precision": "bf16"},
-        {"ema_nimg": 0},
+        {"ema_kimg": 0},
     ],
     ids=str,
 )
@@ -149,10 +153,11 @@ def test_resume_is_exact(settings):
 def test_a_resumed_trainer_uses_its_own_rates():
     network = torch.nn.Linear(2, 2)
     network.latent_shape, network.label_dim = (2,), 0
-    saved = Trainer(network, torch.nn.Linear(2, 2), TrainerConfig(lr=1e-2, score_lr=1e-2)).state_dict()
-    trainer = Trainer(network, torch.nn.Linear(2, 2), TrainerConfig(lr=1e-3, score_lr=2e-3))
+    teacher, law = torch.nn.Linear(2, 2), LogNormal()
+    saved = Trainer(network, teacher, TrainerConfig(lr=1e-2, score_lr=1e-2), sigma=law).state_dict()
+    trainer = Trainer(network, teacher, TrainerConfig(lr=1e-3, score_lr=2e-3), sigma=law)
     trainer.load_state_dict(saved)
-    rates = [trainer.generator_optimizer.param_groups[0]["lr"], trainer.student_optimizer.param_groups[0]["lr"]]
+    rates = [trainer.optimizers["generator"].param_groups[0]["lr"], trainer.optimizers["student"].param_groups[0]["lr"]]
     assert rates == [1e-3, 2e-3]
 
 
@@ -247,7 +252,7 @@ def test_score_loss_is_denoising_score_matching():
 
 
 def test_warmup_trains_the_score_alone():
-    trainer = make_trainer(score_warmup=8)
+    trainer = make_trainer(score_warmup=0.008)
     before = snapshot(trainer)
     for stats in steps(trainer, 2):
         assert set(stats) == {"score_loss", "score_grad_norm"}
@@ -255,7 +260,7 @@ def test_warmup_trains_the_score_alone():
     assert torch.equal(before["/generator/linear.weight"], after["/generator/linear.weight"])
     assert torch.equal(before["/generator/linear.bias"], after["/generator/linear.bias"])
     assert not changed(before, after, "ema") and changed(before, after, "student")
-    assert not trainer.generator_optimizer.state and trainer.nimg == 8
+    assert not trainer.optimizers["generator"].state and trainer.nimg == 8
     stats = steps(trainer, 1)[0]
     assert {"generator_loss", "generator_grad_norm", "score_gap"} < set(stats)
     later = snapshot(trainer)
@@ -264,8 +269,8 @@ def test_warmup_trains_the_score_alone():
 
 @pytest.mark.parametrize("batch", [4, 10])
 def test_average_has_its_half_life(batch):
-    """After `ema_nimg` images the average is half of the way to a generator that stands still, whatever the batch."""
-    trainer = make_trainer(batch=batch, ema_nimg=40, lr=1e-30)
+    """After `ema_kimg` images the average is half of the way to a generator that stands still, whatever the batch."""
+    trainer = make_trainer(batch=batch, ema_kimg=0.04, lr=1e-30)
     start = trainer.ema.linear.weight.clone()
     with torch.no_grad():
         trainer.generator.linear.weight += 1
@@ -278,7 +283,7 @@ def test_average_has_its_half_life(batch):
 
 
 def test_average_can_be_off():
-    trainer = make_trainer(ema_nimg=0)
+    trainer = make_trainer(ema_kimg=0)
     assert trainer.ema is trainer.generator
 
 
@@ -293,11 +298,13 @@ def test_non_finite_generator_is_reported():
     broken = trainer.teacher.register_forward_hook(lambda module, args, out: out * float("nan"))
     steps(trainer, 1)
     broken.remove()
-    with pytest.raises(RunError, match=r"the generator's .* at 0\.008 kimg \(step 2\).* network-snapshot-000000\.pkl"):
+    with pytest.raises(
+        NotFiniteError, match=r"of the generator is .* at 0\.008 kimg \(step 2\).* network-snapshot-000000\.pkl"
+    ):
         trainer.check_finite("network-snapshot-000000.pkl")
     assert trainer.generator.linear.weight.isnan().any(), "nothing is replaced by zeros"
-    steps(trainer, 2)  # the first bad step stays the one that is named, and a broken generator breaks the score
-    with pytest.raises(RunError, match="the student score's .* at 0.012 kimg"):
+    steps(trainer, 2)  # a broken generator breaks the score; the first bad step stays the one that is named
+    with pytest.raises(NotFiniteError, match="of the generator is .* at 0.008 kimg"):
         trainer.check_finite()
     trainer.load_state_dict(good)
     trainer.check_finite()
@@ -312,7 +319,7 @@ def test_non_finite_score_is_reported():
         next(trainer.student.parameters()).fill_(float("inf"))
     steps(trainer, 1)
     with pytest.raises(
-        RunError, match=r"the student score's loss .* at 0\.004 kimg \(step 1\); last good snapshot: none"
+        NotFiniteError, match=r"of the student score is .* at 0\.004 kimg \(step 1\); last good snapshot: none"
     ):
         trainer.check_finite()
 
@@ -324,7 +331,7 @@ def test_infinite_gradients_are_noticed_behind_a_finite_loss(network, name):
     parameter.register_hook(lambda grad: grad + float("inf"))
     stats = steps(trainer, 1)[0]
     assert math.isfinite(stats["generator_loss"]) and math.isfinite(stats["score_loss"])
-    with pytest.raises(RunError, match=f"the {name}'s"):
+    with pytest.raises(NotFiniteError, match=f"of the {name} is"):
         trainer.check_finite()
 
 
@@ -354,7 +361,7 @@ def test_dropout_changes_the_score_loss():
 
 
 def test_bf16_is_close_and_keeps_float32_weights():
-    full, half = (make_trainer(precision=precision, score_warmup=4) for precision in ("fp32", "bf16"))
+    full, half = (make_trainer(precision=precision, score_warmup=0.004) for precision in ("fp32", "bf16"))
     for _ in range(3):
         a, b = steps(full, 1)[0], steps(half, 1)[0]
         assert a["score_loss"] != b["score_loss"] == pytest.approx(a["score_loss"], rel=0.05)
@@ -423,12 +430,12 @@ def test_a_student_of_ones_own():
     [
         ({"batch": 6, "batch_gpu": 4}, "batch=6 is not a multiple of batch_gpu=4"),
         ({"batch": 0}, "batch=0"),
-        ({"dropout": "on"}, "dropout must be 'off' or 'matched', not 'on'"),
-        ({"precision": "fp8"}, "precision must be one of .*, not 'fp8'"),
-        ({"lr": 0.0}, "lr and score_lr must be positive"),
-        ({"objective": "kl"}, "unknown objective 'kl'"),
-        ({"teacher_precision": "fp8"}, "precision must be one of .*, not 'fp8'"),
-        ({"objective": "f-js"}, "'f-js' needs a density ratio"),
+        ({"dropout": "on"}, "dropout=on is not possible; it must be one of off, matched"),
+        ({"precision": "fp8"}, "precision=fp8 is not possible; it must be one of fp32, bf16, fp16"),
+        ({"lr": 0.0}, "lr=0.0 is not possible; .*greater than 0"),
+        ({"objective": "kl"}, "objective=kl is not possible; it must be one of ikl"),
+        ({"teacher_precision": "fp8"}, "precision=fp8 is not possible; it must be one of fp32, bf16, fp16"),
+        ({"objective": "f-js"}, "objective=f-js needs a density ratio"),
         ({"label_dim": 3, "class_probs": [0.5, 0.5]}, "class_probs has 2 entries and the generator 3 classes"),
     ],
     ids=str,
@@ -457,7 +464,7 @@ def images(batch: int, label_dim: int):
 def with_reference(label_dim: int = 3, **settings) -> Trainer:
     trainer = make_trainer(label_dim, **{**settings, "objective": "ikl", "adversarial_weight": 0.0})
     generator, teacher = trainer.ema.train(), trainer.teacher
-    config = {"lr": 1e-3, "score_lr": 1e-3, "batch": 4, "ema_nimg": 100, **settings}
+    config = {**SETTINGS, **settings}
     return Trainer(generator, teacher, TrainerConfig(**config), reference=images(config["batch"], label_dim))
 
 
@@ -475,8 +482,8 @@ def test_a_law_of_its_own_for_the_score():
 def test_score_steps_are_updates_on_fresh_samples():
     trainer, seen, updates = make_trainer(score_steps=3), [], []
     trainer.generator.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
-    trainer.student_optimizer.register_step_post_hook(lambda *args: updates.append("student"))
-    trainer.generator_optimizer.register_step_post_hook(lambda *args: updates.append("generator"))
+    trainer.optimizers["student"].register_step_post_hook(lambda *args: updates.append("student"))
+    trainer.optimizers["generator"].register_step_post_hook(lambda *args: updates.append("generator"))
     trainer.step()
     assert updates == ["student"] * 3 + ["generator"] and trainer.nimg == 4
     assert len(seen) == 3 and not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
@@ -492,7 +499,7 @@ def test_the_generator_gets_the_objectives_gradient(objective):
     trainer = with_reference(objective=objective, batch=4, score_lr=1e-12, lr=1e-12, ratio_lr=1e-12)
     torch.nn.init.normal_(trainer.ratio.out.weight, std=3.0)
     found = gradients(trainer)
-    draws = trainer._draws(0)
+    draws = trainer._draw(0)
     trainer.step()
     x0 = trainer.generator(draws.z, draws.labels)
     s = draws.sigma.reshape(-1, 1, 1, 1)
@@ -533,7 +540,7 @@ def test_parts_of_a_batch_add_up_with_a_ratio(settings):
             torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
 
 
-def test_augmentation_is_the_scores_alone():
+def test_augmentation_is_the_scores_alone(monkeypatch):
     """The student trains on transformed samples and is told how; the generator's update sees neither."""
     trainer = make_trainer()
     seen = []
@@ -542,8 +549,9 @@ def test_augmentation_is_the_scores_alone():
         assert generator.device.type == "cpu" and part == (0, 4)
         return 2 * images, torch.ones(len(images), 2)
 
-    student = Recorder(trainer.student, seen)
-    Trainer(trainer.ema.train(), trainer.teacher, trainer.config, student, augment=double).step()
+    monkeypatch.setattr(AugmentPipe, "edm", lambda p: double)
+    config = dataclasses.replace(trainer.config, augment=0.5)
+    Trainer(trainer.ema.train(), trainer.teacher, config, Recorder(trainer.student, seen)).step()
     assert len(seen) == 2 and seen[0].shape == (4, 2) and seen[1] is None
 
 
@@ -571,7 +579,7 @@ def test_a_critic_trains_and_pulls():
     def run(weight):
         torch.manual_seed(1)
         trainer = make_trainer(3)
-        config = TrainerConfig(lr=1e-3, score_lr=1e-3, batch=4, adversarial_weight=weight)
+        config = TrainerConfig(**{**SETTINGS, "ema_kimg": 500}, adversarial_weight=weight)
         critic = Critic(Judge(), gamma=1.0)
         before = copy.deepcopy(critic.net.state_dict())
         trainer = Trainer(trainer.ema.train(), trainer.teacher, config, reference=images(4, 3), critic=critic)
@@ -588,19 +596,19 @@ def test_a_critic_trains_and_pulls():
 
 
 def test_a_reference_is_asked_for():
-    teacher = playground.ring()
-    generator, student = playground.PlaneGenerator(), playground.PlaneDenoiser()
+    teacher = plane.ring()
+    generator, student = plane.PlaneGenerator(), plane.PlaneDenoiser()
     for settings in ({"objective": "f-js"}, {"adversarial_weight": 1.0}):
         with pytest.raises(ValueError, match="reference"):
             Trainer(generator, teacher, TrainerConfig(**settings), student)
     with pytest.raises(ValueError, match="name the layer"):
-        Trainer(generator, teacher, TrainerConfig("f-js"), student, reference=playground.reference(teacher, 64, 0))
+        Trainer(generator, teacher, TrainerConfig(objective="f-js"), student, reference=plane.reference(teacher, 64, 0))
     with pytest.raises(ValueError, match="score_steps"):
         TrainerConfig(score_steps=0)
 
 
 def test_score_distillation_trains_no_student():
-    trainer = playground.make_trainer(playground.ring(), "sds")
+    trainer = plane.make_trainer(plane.ring(), "sds")
     before = snapshot(trainer)
     stats = trainer.step()
     assert set(stats) == {"generator_loss", "generator_grad_norm", "score_gap", "ema_distance"}
@@ -629,7 +637,7 @@ EDGES = torch.tensor([0.0, *SIGMA_EDGES, 1e9])
 def levels(trainer: Trainer) -> torch.Tensor:
     """The noise levels of the step before."""
     trainer.nimg -= trainer.config.batch
-    sigma = trainer._draws(0).sigma
+    sigma = trainer._draw(0).sigma
     trainer.nimg += trainer.config.batch
     return sigma
 
@@ -710,7 +718,7 @@ def test_reduced_precision_pulls_the_same_way():
     for precision in ("fp32", "bf16"):
         student = copy.deepcopy(teacher)
         disturb(student)
-        config = TrainerConfig(batch=8, precision=precision, ema_nimg=0)
+        config = TrainerConfig(batch=8, precision=precision, ema_kimg=0, score_warmup=0)
         trainer = Trainer(StyleGAN2Generator(copy.deepcopy(network)), copy.deepcopy(teacher), config, student)
         found[precision] = gradients(trainer)
         trainer.step()
@@ -723,7 +731,7 @@ def test_a_class_that_is_never_drawn_spoils_no_ratio():
     stream = images(4, 3)
     stream.class_frequencies = [0.5, 0.5, 0.0]
     trainer = make_trainer(3)
-    config = TrainerConfig("f-js", batch=4, class_probs=[0.25, 0.0, 0.75])
+    config = TrainerConfig(objective="f-js", batch=4, score_warmup=0, class_probs=[0.25, 0.0, 0.75])
     trainer = Trainer(trainer.ema.train(), trainer.teacher, config, reference=stream)
     torch.testing.assert_close(trainer._log_prior, torch.tensor([math.log(2), 0.0, 0.0]))
     assert trainer.step()["ratio_loss"].isfinite()

@@ -30,7 +30,8 @@ from PIL import Image
 
 from di_refine import terminal
 from di_refine.commands import cli
-from di_refine.generators import load_networks
+from di_refine.files import networks
+from di_refine.files.run_files import RunFiles
 from di_refine.runs import checkpoint
 
 TICK = 1024  # images; states are named by whole thousands, so a tick is not less
@@ -165,8 +166,8 @@ class Soak:
 
 def differences(run: Path, reference: Path) -> str:
     """What differs between two finished runs: weights of the last snapshot, or lines of stats.jsonl."""
-    newest = [max(path.glob("network-snapshot-*.pkl")) for path in (run, reference)]
-    a, b = (load_networks(path)[1] for path in newest)
+    newest = [RunFiles(path).snapshots()[-1] for path in (run, reference)]
+    a, b = (networks.load(path).networks for path in newest)
     for key, net in a.items():
         if isinstance(net, torch.nn.Module):
             for (name, x), y in zip(net.state_dict().items(), b[key].state_dict().values()):
@@ -176,7 +177,7 @@ def differences(run: Path, reference: Path) -> str:
     ticks = [
         [
             {k: v for k, v in json.loads(line).items() if k not in own}
-            for line in (path / "stats.jsonl").read_text().splitlines()
+            for line in RunFiles(path).stats.read_text().splitlines()
         ]
         for path in (run, reference)
     ]
@@ -305,7 +306,7 @@ def corrupt(soak: Soak, outdir: Path, reference: Path, _count: int) -> None:
     ):
         at = 4 * number * TICK
         soak.whole(outdir, f"--kimg={at / 1000}")
-        newest = checkpoint.in_folder(soak.run_directory(outdir))[0]
+        newest = RunFiles(soak.run_directory(outdir)).states()[0]
         newest.write_bytes(damage(newest.read_bytes()))
         soak.note(f"newest state {what}", at, soak.found(outdir))
     soak.whole(outdir)

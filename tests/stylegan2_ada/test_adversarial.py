@@ -9,7 +9,6 @@ from golden_io import assert_close, cases, load_npz
 
 from stylegan2_ada.adversarial import (
     AdaController,
-    AdversarialConfig,
     AdversarialTrainer,
     discriminator_loss,
     generator_loss,
@@ -17,7 +16,9 @@ from stylegan2_ada.adversarial import (
     r1_penalty,
 )
 from stylegan2_ada.augment import PRESETS, AugmentPipe
+from stylegan2_ada.config import AdversarialConfig
 from stylegan2_ada.networks import Discriminator, Generator
+from torch_utils.training import NotFiniteError
 
 LOSS = "stylegan2/loss.npz"
 META = cases(LOSS)[0]
@@ -36,7 +37,7 @@ def golden_trainer(**options):
     G, D = Generator(**META["G_init_kwargs"]), Discriminator(**META["D_init_kwargs"])
     G.load_state_dict(stored_state("G/"))
     D.load_state_dict(stored_state("D/"))
-    return AdversarialTrainer(G, D, config=AdversarialConfig(r1_gamma=META["r1_gamma"], noise_mode="const", **options))
+    return AdversarialTrainer(G, D, config=AdversarialConfig(gamma=META["r1_gamma"], noise_mode="const", **options))
 
 
 def golden_batch():
@@ -128,8 +129,8 @@ EVERYTHING = {
     "pl_weight": 2.0,
     "g_reg_interval": 2,
     "d_reg_interval": 3,
-    "r1_gamma": 1.0,
-    "style_mixing_prob": 0.5,
+    "gamma": 1.0,
+    "style_mixing": 0.5,
     "batch_gpu": 2,
     "ema_kimg": 0.05,
 }
@@ -151,7 +152,7 @@ def run_steps(trainer, num):
         torch.manual_seed(1000 + trainer.num_steps)
         labels = torch.eye(CLASSES)[torch.randint(CLASSES, [3, BATCH])]
         real, z = torch.rand([BATCH, 3, 8, 8]) * 2 - 1, torch.randn([2 * BATCH, 8])
-        stats.update(trainer.step(real, labels[0], z, labels[1:].flatten(0, 1)))
+        stats.update(trainer.update(real, labels[0], z, labels[1:].flatten(0, 1)))
     return stats
 
 
@@ -213,14 +214,14 @@ def test_gradient_accumulation_equals_one_batch():
 
 
 def test_lazy_regularisation_corrects_adam():
-    trainer = tiny_trainer(g_lr=0.1, d_lr=0.2, d_reg_interval=16)
+    trainer = tiny_trainer(lr=0.1, d_lr=0.2, d_reg_interval=16)
     (g_group,), (d_group,) = (trainer.optimizers[net].param_groups for net in "GD")
     assert g_group["lr"] == 0.1 and g_group["betas"] == (0.0, 0.99)  # no penalty, no correction
     assert d_group["lr"] == pytest.approx(0.2 * 16 / 17) and d_group["betas"] == (0.0, pytest.approx(0.99 ** (16 / 17)))
     together = tiny_trainer(d_lr=0.2, d_reg_interval=None)
     assert together.optimizers["D"].param_groups[0]["lr"] == 0.2
     assert [phase.name for phase in together.phases] == ["Gmain", "Dboth"]
-    assert [phase.name for phase in tiny_trainer(r1_gamma=0).phases] == ["Gmain", "Dmain"]
+    assert [phase.name for phase in tiny_trainer(gamma=0).phases] == ["Gmain", "Dmain"]
 
 
 def test_regularisation_runs_every_interval_only():
@@ -266,15 +267,15 @@ def test_non_finite_gradient_is_found_and_named(phase_name, network, parameter):
 
     trainer.accumulate_gradients = spoilt
     run_steps(trainer, 2)
-    with pytest.raises(FloatingPointError, match=f"{network} in step 2, phase {phase_name}"):
+    with pytest.raises(NotFiniteError, match=rf"of the {network} in phase {phase_name} is .* \(step 2\)"):
         trainer.check_finite()
 
 
 def test_non_finite_images_are_found():
     trainer = tiny_trainer(pipe=False)
     real, labels = torch.full([BATCH, 3, 8, 8], math.inf), torch.eye(CLASSES)[[0, 1, 2, 0]]
-    trainer.step(real, labels, torch.randn([BATCH, 8]), labels)
-    with pytest.raises(FloatingPointError, match="discriminator in step 0"):
+    trainer.update(real, labels, torch.randn([BATCH, 8]), labels)
+    with pytest.raises(NotFiniteError, match=r"of the discriminator in phase Dmain is .* \(step 0\)"):
         trainer.check_finite()
 
 
@@ -282,20 +283,20 @@ def test_unconditional_without_augmentation():
     torch.manual_seed(0)
     G = Generator(8, 0, 8, 8, 1, synthesis_kwargs={"channel_max": 4}, mapping_kwargs={"num_layers": 1})
     trainer = AdversarialTrainer(G, Discriminator(0, 8, 1, channel_max=4))
-    stats = trainer.step(torch.zeros([2, 1, 8, 8]), None, torch.randn([2, 8]), None)
+    stats = trainer.update(torch.zeros([2, 1, 8, 8]), None, torch.randn([2, 8]), None)
     trainer.check_finite()
     assert "augment_p" not in stats
 
 
 def test_errors():
-    trainer = tiny_trainer(pipe=False, batch_gpu=3)
+    trainer = tiny_trainer(pipe=False, batch=6, batch_gpu=3)
     labels = torch.eye(CLASSES)[[0, 1, 2, 0]]
     with pytest.raises(ValueError, match="change batch_gpu"):
-        trainer.step(torch.zeros([4, 3, 8, 8]), labels, torch.zeros([4, 8]), labels)
+        trainer.update(torch.zeros([4, 3, 8, 8]), labels, torch.zeros([4, 8]), labels)
     with pytest.raises(ValueError, match="need 4 or 8 latents"):
-        trainer.step(torch.zeros([4, 3, 8, 8]), labels, torch.zeros([5, 8]), labels)
+        trainer.update(torch.zeros([4, 3, 8, 8]), labels, torch.zeros([5, 8]), labels)
     with pytest.raises(ValueError, match="minibatch standard deviation: batch 3"):
-        tiny_trainer(pipe=False).step(torch.zeros([3, 3, 8, 8]), labels[:3], torch.zeros([3, 8]), labels[:3])
+        tiny_trainer(pipe=False).update(torch.zeros([3, 3, 8, 8]), labels[:3], torch.zeros([3, 8]), labels[:3])
     with pytest.raises(ValueError, match="augment_pipe"):
         AdversarialTrainer(trainer.G, trainer.D, ada=AdaController())
     with pytest.raises(ValueError, match="kimg > 0"):
@@ -303,7 +304,16 @@ def test_errors():
 
 
 @pytest.mark.parametrize(
-    "option", [{"g_lr": 0}, {"r1_gamma": -1}, {"style_mixing_prob": 1.5}, {"d_reg_interval": 0}, {"ema_kimg": math.nan}]
+    "option",
+    [
+        {"lr": 0},
+        {"d_lr": -1},
+        {"batch": 3, "batch_gpu": 2},
+        {"gamma": -1},
+        {"style_mixing": 1.5},
+        {"d_reg_interval": 0},
+        {"ema_kimg": math.nan},
+    ],
 )
 def test_config_names_a_bad_option(option):
     with pytest.raises(ValueError, match=next(iter(option))):
@@ -318,11 +328,11 @@ def test_step_does_not_wait_for_the_gpu():
     labels = torch.eye(CLASSES, device="cuda")[[0, 1, 2, 0]]
     batch = torch.rand([BATCH, 3, 8, 8], device="cuda"), labels, torch.randn([BATCH, 8], device="cuda"), labels
     for _ in range(6):  # every phase once, so that caches are filled
-        trainer.step(*batch)
+        trainer.update(*batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(6):
-            trainer.step(*batch)
+            trainer.update(*batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     trainer.check_finite()

@@ -6,8 +6,9 @@ import pytest
 import ranks
 import torch
 
-from stylegan2_ada.adversarial import AdaController, AdversarialConfig, AdversarialTrainer
+from stylegan2_ada.adversarial import AdaController, AdversarialTrainer
 from stylegan2_ada.augment import AugmentPipe
+from stylegan2_ada.config import AdversarialConfig
 from stylegan2_ada.networks import Discriminator, Generator
 from torch_utils import distributed
 from torch_utils.distributed import DistributedError
@@ -23,8 +24,8 @@ def make(seed=0, **options):
     D = Discriminator(CLASSES, 8, 3, channel_max=8, epilogue_kwargs={"mbstd_group_size": 1})
     for p in [*G.parameters(), *D.parameters()]:
         p.data.add_(torch.randn(p.shape) * 0.3)  # many start at zero, where relative errors mean nothing
-    settings = {"pl_weight": 2.0, "g_reg_interval": 2, "d_reg_interval": 2, "r1_gamma": 1.0, "noise_mode": "const"}
-    config = AdversarialConfig(**{**settings, "ema_kimg": 0.05, "g_lr": 1e-3, "d_lr": 1e-3, **options})
+    settings = {"pl_weight": 2.0, "g_reg_interval": 2, "d_reg_interval": 2, "gamma": 1.0, "noise_mode": "const"}
+    config = AdversarialConfig(**{**settings, "batch": BATCH, "ema_kimg": 0.05, "lr": 1e-3, **options})
     return AdversarialTrainer(G, D, AugmentPipe(), AdaController(kimg=0.5, interval=2, target=0.01), config)
 
 
@@ -41,7 +42,7 @@ def steps(trainer, num):
         labels = torch.eye(CLASSES)[torch.randint(CLASSES, [3, BATCH], generator=rng)][:, mine]
         real = torch.rand([BATCH, 3, 8, 8], generator=rng)[mine] * 2 - 1
         z = torch.randn([2, BATCH, 8], generator=rng)[:, mine]
-        stats.append(trainer.step(real, labels[0], z.flatten(0, 1), labels[1:].flatten(0, 1)))
+        stats.append(trainer.update(real, labels[0], z.flatten(0, 1), labels[1:].flatten(0, 1)))
     return stats
 
 

@@ -55,7 +55,7 @@ def test_tensorflow_arguments_and_round_trip(tmp_path):
 
 
 def to_tensorflow(network, static, version=5):
-    """A TensorFlow record of a generator or discriminator; the table of names, read from right to left."""
+    """Return a TensorFlow record of a generator or discriminator: the table of names is read from right to left."""
     is_generator = isinstance(network, networks.Generator)
     variables = {"lod": 0.0}
     for name, tensor in state_of(network).items():

@@ -8,25 +8,25 @@ import pytest
 import torch
 
 from torch_utils import custom_ops
-from torch_utils.ops import _build
+from torch_utils.ops import building
 
 BUILD = Path(__file__).parents[2] / "build" / "ops"  # kept between runs, and apart from the user's own cache
 
 
 @pytest.fixture(scope="session")
 def compiled_library():
-    """The path of the CPU library, built on the first run (about half a minute)."""
+    """Return the path of the CPU library, which is built on the first run (about half a minute)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DI_REFINE_CACHE", str(BUILD))
-        reason = _build.missing_tool("cpu")
+        reason = building.missing_tool("cpu")
         if reason:
             pytest.skip(f"the compiled operators were not tested: {reason}")
-        return _build.ensure("cpu")
+        return building.ensure("cpu")
 
 
 @pytest.fixture
 def compiled(compiled_library, monkeypatch):
-    """Run the compiled form, whatever the device and however slow."""
+    """Run the compiled form, on whatever device and however slow it is."""
     monkeypatch.setenv("DI_REFINE_CACHE", str(BUILD))
     monkeypatch.setattr(custom_ops, "_libraries", {})
     with custom_ops.use("compiled"):
@@ -54,7 +54,7 @@ CPU_FORMS = ["pytorch", "compiled", "cuda-shapes"]
 
 @pytest.fixture(params=CPU_FORMS)
 def cpu_form(request):
-    """Run a test in every form that needs no GPU; 'cuda-shapes' is the CUDA kernels' own walk over memory."""
+    """Run a test in every form that needs no GPU; 'cuda-shapes' walks over memory as the CUDA kernels do."""
     with running(request.param, request) as device:
         yield device
 

@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 from torch_utils import custom_ops
-from torch_utils.ops import _build, bias_act
+from torch_utils.ops import bias_act, building
 
 ROOT = Path(__file__).parents[2]
 CUDA = torch.device("cuda")
@@ -21,7 +21,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
-    """Nothing loaded, nothing built."""
+    """Start with no library loaded or built; the value is the cache folder."""
     monkeypatch.setenv("DI_REFINE_CACHE", str(tmp_path))
     monkeypatch.setattr(custom_ops, "_libraries", {})
     with custom_ops.use("auto"):
@@ -37,10 +37,10 @@ def fake_build(monkeypatch):
         builds.append(threading.get_ident())
         time.sleep(0.3)
         target.mkdir()
-        (target / f"{_build.NAME}.so").touch()
+        (target / f"{building.NAME}.so").touch()
 
-    monkeypatch.setattr(_build, "_build", build)
-    monkeypatch.setattr(_build, "missing_tool", lambda device_type: None)
+    monkeypatch.setattr(building, "_build", build)
+    monkeypatch.setattr(building, "missing_tool", lambda device_type: None)
     return builds
 
 
@@ -53,7 +53,7 @@ def reference(*args):
 
 
 def test_auto_without_cuda_build_says_one_line_and_uses_pytorch(fresh, capsys, monkeypatch):
-    monkeypatch.setattr(_build, "missing_tool", lambda device_type: "no nvcc; install it")
+    monkeypatch.setattr(building, "missing_tool", lambda device_type: "no nvcc; install it")
     for _ in range(3):
         assert custom_ops.pick("upfirdn2d", reference, "auto", CUDA) is reference
     lines = capsys.readouterr().err.splitlines()
@@ -61,7 +61,7 @@ def test_auto_without_cuda_build_says_one_line_and_uses_pytorch(fresh, capsys, m
 
 
 def test_auto_speaks_for_the_first_process_only(fresh, capsys, monkeypatch):
-    monkeypatch.setattr(_build, "missing_tool", lambda device_type: "no nvcc; install it")
+    monkeypatch.setattr(building, "missing_tool", lambda device_type: "no nvcc; install it")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert custom_ops.pick("upfirdn2d", reference, "auto", CUDA) is reference
     assert capsys.readouterr().err == ""
@@ -83,11 +83,11 @@ def test_auto_on_a_cpu_takes_what_is_built_where_it_is_faster(compiled, monkeypa
 
 
 def test_mode_cuda_makes_any_failure_an_error(fresh, monkeypatch):
-    monkeypatch.setattr(_build, "missing_tool", lambda device_type: "no nvcc; install it")
+    monkeypatch.setattr(building, "missing_tool", lambda device_type: "no nvcc; install it")
     with custom_ops.use("cuda"):
         with pytest.raises(custom_ops.OpsUnavailable, match="^the CUDA operators cannot be compiled: no nvcc"):
             custom_ops.pick("upfirdn2d", reference, "auto", CUDA)
-        with pytest.raises(custom_ops.OpsUnavailable, match="--ops=cuda needs tensors on a CUDA device.* on cpu; use"):
+        with pytest.raises(custom_ops.OpsUnavailable, match="ops=cuda needs tensors on a CUDA device.* on cpu; use"):
             bias_act.bias_act(torch.zeros(1, 2))
     with pytest.raises(custom_ops.OpsUnavailable, match="no nvcc"):
         custom_ops.pick("upfirdn2d", reference, "cuda", CUDA)
@@ -119,7 +119,7 @@ def test_unknown_modes_are_named(monkeypatch):
     ],
 )
 def test_option(fresh, monkeypatch, arguments, environment, status, text):
-    monkeypatch.setattr(_build, "missing_tool", lambda device_type: "no nvcc; install it")
+    monkeypatch.setattr(building, "missing_tool", lambda device_type: "no nvcc; install it")
     cli = pytest.importorskip("di_refine.commands.cli")  # has dependencies that a machine lent for its GPU may lack
 
     @cli.command()
@@ -138,13 +138,13 @@ def test_option(fresh, monkeypatch, arguments, environment, status, text):
 
 
 def test_processes_that_start_together_build_once(fresh, fake_build):
-    threads = [threading.Thread(target=_build.ensure, args=["cpu"]) for _ in range(4)]
+    threads = [threading.Thread(target=building.ensure, args=["cpu"]) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
     assert len(fake_build) == 1
-    assert _build.existing("cpu").exists() and not list(fresh.glob("*.lock"))
+    assert building.existing("cpu").exists() and not list(fresh.glob("*.lock"))
 
 
 def test_those_who_waited_for_a_build_that_failed_do_not_try_again(fresh, monkeypatch):
@@ -153,16 +153,16 @@ def test_those_who_waited_for_a_build_that_failed_do_not_try_again(fresh, monkey
     def build(device_type, target):
         attempts.append(1)
         time.sleep(0.5)
-        _build.failure_log(target).write_text("error: no such thing\n")
-        raise _build.BuildError(_build._failure(device_type, _build.failure_log(target)))
+        building.failure_log(target).write_text("error: no such thing\n")
+        raise building.BuildError(building._failure(device_type, building.failure_log(target)))
 
-    monkeypatch.setattr(_build, "_build", build)
+    monkeypatch.setattr(building, "_build", build)
     errors = []
 
     def ensure():
         try:
-            _build.ensure("cpu")
-        except _build.BuildError as error:
+            building.ensure("cpu")
+        except building.BuildError as error:
             errors.append(str(error))
 
     threads = [threading.Thread(target=ensure) for _ in range(3)]
@@ -175,68 +175,68 @@ def test_those_who_waited_for_a_build_that_failed_do_not_try_again(fresh, monkey
 
 @pytest.mark.parametrize("holder", ["dead", "silent", "elsewhere and silent"])
 def test_stale_locks_are_removed(fresh, fake_build, holder):
-    target = _build.folder("cpu")
+    target = building.folder("cpu")
     lock = target.with_suffix(".lock")
     lock.parent.mkdir(parents=True)
     finished = subprocess.Popen([sys.executable, "-c", ""])
     finished.wait()
     pid = finished.pid if holder == "dead" else os.getpid()
-    host = "another-host" if "elsewhere" in holder else _build.socket.gethostname()
+    host = "another-host" if "elsewhere" in holder else building.socket.gethostname()
     lock.write_text(f"{pid} {host}")
     if "silent" in holder:
-        os.utime(lock, (0, time.time() - 2 * _build.STALE))
+        os.utime(lock, (0, time.time() - 2 * building.STALE))
     start = time.monotonic()
-    _build.ensure("cpu")
+    building.ensure("cpu")
     assert len(fake_build) == 1 and time.monotonic() - start < 5 and not lock.exists()
 
 
 def test_a_living_holder_is_waited_for(fresh, fake_build):
-    lock = _build.folder("cpu").with_suffix(".lock")
+    lock = building.folder("cpu").with_suffix(".lock")
     lock.parent.mkdir(parents=True)
-    lock.write_text(f"{os.getpid()} {_build.socket.gethostname()}")
-    assert not _build.is_stale(lock)
+    lock.write_text(f"{os.getpid()} {building.socket.gethostname()}")
+    assert not building.is_stale(lock)
     threading.Timer(0.6, lock.unlink).start()
     start = time.monotonic()
-    _build.ensure("cpu")
+    building.ensure("cpu")
     assert time.monotonic() - start > 0.5
 
 
 def test_the_folder_depends_on_sources_flags_pytorch_and_architecture(fresh, tmp_path, monkeypatch):
-    names = [_build.folder("cpu"), _build.folder("cuda")]
+    names = [building.folder("cpu"), building.folder("cuda")]
     sources = tmp_path / "csrc"
-    shutil.copytree(_build.CSRC, sources)
-    monkeypatch.setattr(_build, "CSRC", sources)
-    assert _build.folder("cpu") == names[0]  # and not on where they lie
+    shutil.copytree(building.CSRC, sources)
+    monkeypatch.setattr(building, "CSRC", sources)
+    assert building.folder("cpu") == names[0]  # and not on where they lie
     (sources / "api.h").write_text((sources / "api.h").read_text() + "\n")
-    names.append(_build.folder("cpu"))
+    names.append(building.folder("cpu"))
     for target, attribute, value in [
-        (_build, "NVCC_FLAGS", ("-O1",)),
+        (building, "NVCC_FLAGS", ("-O1",)),
         (torch, "__version__", "99.0"),
         (torch.version, "cuda", "99.0"),
-        (_build, "architectures", lambda device_type: ("9.9",)),
+        (building, "architectures", lambda device_type: ("9.9",)),
     ]:
         monkeypatch.setattr(target, attribute, value)
-        names.append(_build.folder("cpu"))
+        names.append(building.folder("cpu"))
     assert len(set(names)) == len(names)
     assert all(name.parent == fresh for name in names)
 
 
 def test_a_compile_error_is_one_line_with_the_log(fresh, tmp_path, monkeypatch, capfd):
-    if _build.missing_tool("cpu"):
-        pytest.skip(_build.missing_tool("cpu"))
+    if building.missing_tool("cpu"):
+        pytest.skip(building.missing_tool("cpu"))
     source = tmp_path / "broken.cpp"
     source.write_text("int broken( {\n")
-    monkeypatch.setitem(_build.SOURCES, "cpu", [str(source)])  # seen by this process, for the digest
+    monkeypatch.setitem(building.SOURCES, "cpu", [str(source)])  # seen by this process, for the digest
     original = subprocess.run
 
     def run(command, **options):
         code = (
-            "import sys; from torch_utils.ops import _build; "
-            f"_build.SOURCES['cpu'] = [{str(source)!r}]; _build._compile(*sys.argv[1:])"
+            "import sys; from torch_utils.ops import building; "
+            f"building.SOURCES['cpu'] = [{str(source)!r}]; building._compile(*sys.argv[1:])"
         )
         return original([sys.executable, "-c", code, *command[3:]], **options)
 
-    monkeypatch.setattr(_build.subprocess, "run", run)
+    monkeypatch.setattr(building.subprocess, "run", run)
     with pytest.raises(custom_ops.OpsUnavailable) as error:
         custom_ops.insist("cpu")
     message = str(error.value)
@@ -253,29 +253,29 @@ def test_a_compile_error_is_one_line_with_the_log(fresh, tmp_path, monkeypatch, 
     [("ninja_folder", "ninja not found; pip install ninja"), ("compiler", "install g\\+\\+ or set CXX")],
 )
 def test_missing_tools_are_named(fresh, monkeypatch, tool, message):
-    monkeypatch.setattr(_build, tool, lambda: None)
+    monkeypatch.setattr(building, tool, lambda: None)
     with pytest.raises(custom_ops.OpsUnavailable, match=message):
         custom_ops.insist("cpu")
 
 
 def test_missing_cuda_is_named(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "has no CUDA; install a CUDA build of it" in _build.missing_tool("cuda")
+    assert "has no CUDA; install a CUDA build of it" in building.missing_tool("cuda")
     monkeypatch.setattr(torch.version, "cuda", "12.4")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "sees no CUDA GPU" in _build.missing_tool("cuda")
+    assert "sees no CUDA GPU" in building.missing_tool("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_build, "cuda_home", lambda: None)
-    assert "install CUDA 12.4 or set CUDA_HOME" in _build.missing_tool("cuda")
-    monkeypatch.setattr(_build, "cuda_home", lambda: Path("/usr/local/cuda-old"))
-    monkeypatch.setattr(_build, "nvcc_version", lambda: "11.8")
-    assert "nvcc in /usr/local/cuda-old is of CUDA 11.8, PyTorch of 12.4" in _build.missing_tool("cuda")
+    monkeypatch.setattr(building, "cuda_home", lambda: None)
+    assert "install CUDA 12.4 or set CUDA_HOME" in building.missing_tool("cuda")
+    monkeypatch.setattr(building, "cuda_home", lambda: Path("/usr/local/cuda-old"))
+    monkeypatch.setattr(building, "nvcc_version", lambda: "11.8")
+    assert "nvcc in /usr/local/cuda-old is of CUDA 11.8, PyTorch of 12.4" in building.missing_tool("cuda")
 
 
 def test_an_unwritable_cache_is_named(fresh, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DI_REFINE_CACHE", str(tmp_path / "file"))
-    monkeypatch.setattr(_build, "missing_tool", lambda device_type: None)
+    monkeypatch.setattr(building, "missing_tool", lambda device_type: None)
     with pytest.raises(custom_ops.OpsUnavailable, match="name a writable folder in DI_REFINE_CACHE"):
         custom_ops.insist("cpu")
 
@@ -303,18 +303,19 @@ def test_doctor(compiled_library):
 
 @pytest.mark.parametrize("source", ["bias_act.cu", "upfirdn2d.cu"])
 def test_cuda_sources_compile_without_warnings(source):
-    home = _build.cuda_home()
+    home = building.cuda_home()
     if home is None:
         pytest.skip("nvcc is not on this machine, so the CUDA sources were not compiled")
     # Kept between runs: nvcc takes a while, and the result depends on nothing but the sources and itself.
-    digest = _build.hashlib.sha256(_build.nvcc_version().encode())
-    for path in sorted([*_build.CSRC.glob("*.h"), *_build.CSRC.glob("*.cuh"), _build.CSRC / source]):
+    digest = building.hashlib.sha256(building.nvcc_version().encode())
+    for path in sorted([*building.CSRC.glob("*.h"), *building.CSRC.glob("*.cuh"), building.CSRC / source]):
         digest.update(path.read_bytes())
     target = ROOT / "build" / "nvcc" / f"{source}-{digest.hexdigest()[:16]}.o"
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    command = [home / "bin" / "nvcc", "-std=c++17", "-O3", "-c", _build.CSRC / source, "-o", target.with_suffix(".tmp")]
+    source_file = building.CSRC / source
+    command = [home / "bin" / "nvcc", "-std=c++17", "-O3", "-c", source_file, "-o", target.with_suffix(".tmp")]
     command += [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 90)]
     command += ["--Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror"]
     result = subprocess.run(command, capture_output=True, text=True)

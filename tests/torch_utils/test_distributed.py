@@ -1,8 +1,12 @@
-"""Several gloo processes: collectives against their definition, disagreement, death."""
+"""Tests of several gloo processes: collective operations against their definition, disagreement, death.
+
+    pytest tests/torch_utils/test_distributed.py -k "killed or raises or stopped" -rP
+
+prints how long torchrun takes to end the others.
+"""
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -19,12 +23,13 @@ from torch_utils.distributed import DistributedError
 
 
 def everything():
-    """All collective operations of one rank, checked against what they should give."""
+    """Run all collective operations of one rank and compare with what they should give."""
     rank, size = distributed.rank(), distributed.world_size()
     assert distributed.is_first() == (rank == 0)
     assert distributed.broadcast_object({"rank": rank}) == {"rank": 0}
     assert distributed.gather_object(rank) == (list(range(size)) if rank == 0 else [])
     assert distributed.any_rank(rank == size - 1) and not distributed.any_rank(False)
+    assert distributed.highest(10 * rank) == 10 * size - 10
     assert distributed.share(12) == slice(12 // size * rank, 12 // size * (rank + 1))
     assert distributed.micro_batch(12, 100) == distributed.micro_batch(12) == 12 // size
     distributed.barrier()
@@ -43,7 +48,7 @@ def everything():
 
 
 def gradients(rank, size):
-    """Several buckets and types, a gradient that one rank lacks, one that all lack, a layout of its own."""
+    """Average several buckets and types, a gradient that one rank lacks, one that all lack, and an unusual layout."""
     distributed.BUCKET_BYTES = 200
     mean = (size - 1) / 2
     shapes = [[3, 4], [70], [2, 3, 4, 4], [1], [5], []]
@@ -106,9 +111,9 @@ def disagreement(rank, size):
     net.weight.data.fill_(rank)
     net.bias.data.fill_(rank)
     expect("rank 1 does not agree with rank 0 on the weights: weight differs (and 1 more); start", "weights", net)
-    with pytest.raises(DistributedError, match=f"^--batch=11 is not a multiple of the {size} processes; give 12$"):
+    with pytest.raises(DistributedError, match=f"^batch=11 is not a multiple of the {size} processes; give 12$"):
         distributed.share(11)
-    with pytest.raises(DistributedError, match=f"^--batch-gpu=5 does not divide the 6 images of each of {size}"):
+    with pytest.raises(DistributedError, match=f"^batch_gpu=5 does not divide the 6 images of each of {size}"):
         distributed.micro_batch(6 * size, 5)
 
 
@@ -119,9 +124,9 @@ def expect(message, what, value):
 
 
 def endless(where="collective", victim="-1"):
-    """Averages until somebody dies; or rank 0 works alone meanwhile; or one rank raises."""
+    """Average until a rank dies, while rank 0 may work alone, or until one rank raises."""
     distributed.barrier()
-    print("ready", flush=True)
+    ranks.say_pid()
     p = torch.nn.Parameter(torch.zeros([100]))
     if where == "alone" and distributed.is_first():
         time.sleep(100)
@@ -130,6 +135,37 @@ def endless(where="collective", victim="-1"):
             raise ArithmeticError("too much\nof it")
         p.grad = torch.ones([100])
         distributed.average_gradients([p])
+
+
+def hanging():
+    """Do as `endless` does, in a group whose operations wait five seconds."""
+    endless()
+
+
+def lonely():
+    """Try every operation on rank 0 when the other rank is gone."""
+    distributed.barrier()
+    if not distributed.is_first():
+        os._exit(7)
+    net = torch.nn.BatchNorm1d(2)
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    operations = [
+        distributed.barrier,
+        lambda: distributed.highest(1),
+        lambda: distributed.broadcast_object("a" * 1_000_000),
+        lambda: distributed.gather_object(0),
+        lambda: distributed.check_equal("net", net),
+        lambda: distributed.average_gradients(net.parameters()),
+        lambda: distributed.average([torch.ones([2])]),
+        lambda: distributed.average_buffers(net),
+        lambda: distributed.gather_batch({"a": torch.ones([2])}),
+    ]
+    for number, operation in enumerate(operations):
+        with pytest.raises(ConnectionError, match=r"^rank 0 of 2 has lost connection with the others \(.+ says why$"):
+            operation()
+        print(number)
+    raise SystemExit(3)  # not 0, for which it would wait for the other
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -143,7 +179,7 @@ def test_alone_everything_is_the_identity(monkeypatch):
         assert device == torch.device("cpu")
         assert (distributed.rank(), distributed.world_size(), distributed.is_first()) == (0, 1, True)
         assert distributed.broadcast_object("a") == "a" and distributed.gather_object("a") == ["a"]
-        assert distributed.any_rank(True) and not distributed.any_rank(False)
+        assert distributed.any_rank(True) and not distributed.any_rank(False) and distributed.highest(-2) == -2
         assert distributed.share(7) == slice(0, 7) and distributed.micro_batch(8, 2) == 2
         p, other = torch.nn.Parameter(torch.zeros([2])), torch.nn.Parameter(torch.zeros([2]))
         p.grad = torch.ones([2])
@@ -170,6 +206,15 @@ def test_bad_environment(monkeypatch, variables, words):
         pass
 
 
+def test_a_rank_that_does_not_come_is_given_up(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    words = "^not all 2 ranks have come together at rank 0 "
+    with pytest.raises(DistributedError, match=words), distributed.process_group("cpu", join_timeout=1):
+        pass
+
+
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch, "cuda", SimpleNamespace(device_count=lambda: 2))
     for name, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2"}.items():
@@ -188,44 +233,55 @@ def test_three_processes():
 
 
 def test_two_processes_of_torchrun():
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
-    paths = os.pathsep.join([str(ranks.ROOT), str(ranks.ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    completed = subprocess.run([*launch, "everything"], capture_output=True, text=True, timeout=120, env=environment)
-    assert completed.returncode == 0, completed.stderr
+    process = ranks.torchrun(__file__, "everything", 2)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+
+
+def test_operations_without_the_others_fail_with_one_sentence():
+    """The ranks run without torchrun, which would end this rank as well."""
+    first, other = ranks.start(__file__, "lonely", 2)
+    out, errors = first.communicate(timeout=60)
+    assert first.returncode == 3 and out.split() == [*"012345678"], errors
+    other.communicate()
+    assert other.returncode == 7
 
 
 @pytest.mark.parametrize(("size", "victim", "where"), [(2, 1, "collective"), (3, 0, "collective"), (3, 2, "alone")])
-def test_a_killed_rank_ends_the_others(size, victim, where):
-    """Without torchrun, so that nobody else ends them: within a minute, in fact within seconds, and they say why."""
-    processes = ranks.start(__file__, "endless", size, where)
-    for process in processes:
-        assert process.stdout.readline() == "ready\n", process.stderr.read()
+def test_torchrun_ends_the_others_of_a_killed_rank(size, victim, where):
+    """Torchrun also ends ranks that compute alone."""
+    process = ranks.torchrun(__file__, "endless", size, where)
+    pids = ranks.read_pids(process, size)
     time.sleep(0.2)
     begin = time.monotonic()
-    processes[victim].send_signal(signal.SIGKILL)
-    errors = [process.communicate(timeout=60)[1].splitlines() for process in processes]
-    seconds = time.monotonic() - begin
-    print(f"{size} processes, rank {victim} killed ({where}): the others ended after {seconds:.2f} s")
-    dead = f"rank {victim} of {size} (pid {processes[victim].pid} on "
-    for rank, (process, lines) in enumerate(zip(processes, errors)):
-        if rank != victim:
-            assert process.returncode == 1
-            sentence = [line for line in lines if line.startswith(f"error: {dead}")]
-            assert len(sentence) == 1 and sentence[0].endswith(f"out of memory; rank {rank} ends with it"), lines
-            assert not any("Traceback" in line for line in lines)
-    assert seconds < 20  # a rank that is computing gets five seconds
+    os.kill(pids[victim], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)  # torchrun ends last
+    print(f"{size} processes, rank {victim} killed ({where}): all ended after {time.monotonic() - begin:.2f} s")
+    assert process.returncode == 1 and not ranks.are_running(pids)
+    assert f"exitcode  : -9 (pid: {pids[victim]})" in errors
 
 
-def test_a_rank_that_raises_ends_the_others():
-    processes = ranks.start(__file__, "endless", 3, "collective", 1)
-    errors = [process.communicate(timeout=60)[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, 1, 1]
-    assert "ArithmeticError: too much" in errors[1] and "ends with it" not in errors[1]
-    for rank in (0, 2):
-        assert f"failed with ArithmeticError: too much; rank {rank} ends with it" in errors[rank]
-        assert "Traceback" not in errors[rank]
+def test_torchrun_ends_the_others_of_a_rank_that_raises():
+    process = ranks.torchrun(__file__, "endless", 3, "collective", 1)
+    pids = ranks.read_pids(process, 3)
+    begin = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    print(f"3 processes, rank 1 raises: all ended after {time.monotonic() - begin:.2f} s")
+    assert process.returncode == 1 and not ranks.are_running(pids)
+    assert errors.count("ArithmeticError: too much\n") == 1 and "[rank1]: ArithmeticError: too much\n" in errors
+
+
+def test_a_stopped_rank_ends_the_others_after_the_timeout():
+    """Torchrun takes a stopped process for a living one, but ends it, in 30 s, when another has given up."""
+    process = ranks.torchrun(__file__, "hanging", 2)
+    pids = ranks.read_pids(process, 2)
+    begin = time.monotonic()
+    os.kill(pids[1], signal.SIGSTOP)
+    _, errors = process.communicate(timeout=100)
+    print(f"2 processes, rank 1 stopped, timeout 5 s: all ended after {time.monotonic() - begin:.2f} s")
+    assert process.returncode == 1 and not ranks.are_running(pids)
+    assert "ConnectionError: rank 0 of 2 has lost connection with the others (" in errors
 
 
 if __name__ == "__main__":
-    ranks.main(globals())
+    ranks.main(globals(), timeout=5 if sys.argv[1] == "hanging" else 3600)

@@ -50,7 +50,7 @@ def networks_of(content):
 
 
 class Stub:
-    """Any object in a pickle: what was called, with what, and the state it was given."""
+    """Stands for any object in a pickle: it holds what was called, with what, and the state that was set."""
 
     def __init__(self, *args):
         self.args = args
@@ -80,7 +80,7 @@ def mini_read(path):
 
 
 def flat_state(meta, prefix=""):
-    """Tensors of a record as the second reader sees it, by full name."""
+    """Return the tensors of a record as the second reader sees it, by full name."""
     state = meta["state"] if isinstance(meta, dict) else meta.state
     tensors = {
         prefix + name: tensor
@@ -95,7 +95,7 @@ def flat_state(meta, prefix=""):
 
 
 def comparable(value):
-    """A record without tensors, in a form that can be compared."""
+    """Return a record without tensors, in a form that can be compared."""
     if isinstance(value, torch.Tensor):
         return type(value).__name__, value.dtype, tuple(value.shape), value.stride()
     if isinstance(value, Stub):
@@ -211,7 +211,7 @@ def test_round_trip_is_exact(name, tmp_path):
 
 
 def globals_of(path):
-    """What every STACK_GLOBAL of a pickle refers to, its strings followed through the memo."""
+    """Return what every STACK_GLOBAL of a pickle refers to; its strings are followed through the memo."""
     found, strings, memo = set(), [], []
     for op, arg, _ in pickletools.genops(path.read_bytes()):
         if op.name == "MEMOIZE":

@@ -19,7 +19,7 @@ from torch_utils.persistence import NetworkFormatError
 
 
 class Raw(bytes):
-    """Opcodes that leave one value."""
+    """Opcodes that leave one value on the stack."""
 
 
 def glob(module, name):
@@ -27,7 +27,7 @@ def glob(module, name):
 
 
 def code(value):
-    """The opcodes that make a value."""
+    """Return the opcodes that make a value."""
     if isinstance(value, Raw):
         return value
     if value is None or isinstance(value, bool):
@@ -72,7 +72,7 @@ MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 
 
 def blob(data=None, count=6, kind="FloatStorage", stored=None, key="1", location="cpu", **parts):
-    """A storage in torch's old format; every part can be replaced."""
+    """Return a storage in torch's old format, of which every part can be replaced."""
     data = struct.pack(f"<{count}f", *range(count)) if data is None else data
     handle = Raw(code(("storage", glob("torch", kind), key, location, count, None)) + b"Q")
     pieces = {"magic": MAGIC, "protocol": PROTOCOL, "system": {"little_endian": True}, "handle": handle, "keys": [key]}
@@ -103,7 +103,7 @@ def record(class_name="HostileTiny", state=None, **fields):
 
 
 def tiny(**changes):
-    """The state of a `HostileTiny`; None removes an entry."""
+    """Return the state of a `HostileTiny`; None removes an entry."""
     state = {
         "training": False,
         "_parameters": {"weight": parameter()},
@@ -131,12 +131,12 @@ SOURCE = "import builtins; builtins.hostile_canary.append('embedded source')"
 
 
 def poke(*args, **kwargs):
-    """What a hostile file tries to have called."""
+    """Note that this was called, which hostile files try."""
     CANARY.append("called")
 
 
 class Trap:
-    """What a hostile file tries to have instantiated."""
+    """A class that hostile files try to have instantiated."""
 
     def __init__(self, *args):
         CANARY.append("instantiated")
@@ -154,7 +154,7 @@ class HostileChild(torch.nn.Module):
 
 @persistence.persistent_class
 class HostileTiny(torch.nn.Module):
-    """The network these files pretend to hold."""
+    """The network that these files pretend to hold."""
 
     def __init__(self, rows: int, columns, layers=0, table=(), gain=1.0, options=None):
         super().__init__()
@@ -169,8 +169,8 @@ class HostileTiny(torch.nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def canary(monkeypatch):
-    """Whatever a test reads, nothing in it may have run."""
+def nothing_ran(monkeypatch):
+    """Check after a test that nothing in the files it read has run."""
     CANARY.clear()
     monkeypatch.setattr(builtins, "hostile_canary", CANARY, raising=False)
     module = types.ModuleType("hostile_module")
@@ -229,7 +229,7 @@ def repeated_storage():
     return b"\x80\x04" + code(big) + b"q\x000](" + (make + b"h\x00\x85R") * 1000 + b"e."
 
 
-def test_the_canary_sings():
+def test_pythons_own_unpickler_runs_what_these_files_name():
     """Python's own unpickler does run what these files name."""
     pickle.loads(dump({"x": FORBIDDEN["hostile_module.poke"], "y": FORBIDDEN["builtins.eval"]}))
     assert CANARY == ["called", 1]

@@ -112,7 +112,7 @@ MAKE = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Pickles of ours, and what a process beside the stand-ins makes of them."""
+    """Write pickles of ours, and return what a process with only the stand-ins makes of them."""
     folder = tmp_path_factory.mktemp("standalone")
     torch.manual_seed(1)
     sources, kwargs = {}, {}

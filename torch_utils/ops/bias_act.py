@@ -14,7 +14,7 @@ from torch_utils import custom_ops
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation: `func(x, alpha)`, and the values that `bias_act` uses when none are given."""
+    """An activation function `func(x, alpha)` with the values that `bias_act` uses where none are given."""
 
     func: Callable[[torch.Tensor, float], torch.Tensor]
     def_alpha: float
@@ -46,7 +46,7 @@ def bias_act(
     clamp: float | None = None,
     impl: str = "auto",
 ) -> torch.Tensor:
-    """Compute `clamp(gain * act(x + b))`; differentiable any number of times.
+    """Compute `clamp(gain * act(x + b))`, which is differentiable any number of times.
 
     Args:
         x: any shape and floating dtype.
@@ -62,7 +62,7 @@ def bias_act(
         A tensor like `x`.
 
     Raises:
-        ValueError: unknown activation, a bias that does not fit in shape, dtype or device, a negative clamp.
+        ValueError: the activation is unknown, the bias has an unfit shape, dtype or device, or the clamp is negative.
     """
     if act not in activation_funcs:
         raise ValueError(f"bias_act: act must be one of {', '.join(activation_funcs)}, not {act!r}")

@@ -4,5 +4,5 @@ import torch
 
 
 def fma(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """`a * b + c` with broadcasting, in one pass over memory; differentiable any number of times."""
+    """Return `a * b + c` with broadcasting, in one pass over memory; it is differentiable any number of times."""
     return torch.addcmul(c, a, b)

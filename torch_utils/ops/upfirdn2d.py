@@ -30,7 +30,7 @@ def setup_filter(
 
     Args:
         f: taps `[taps]`, a matrix `[fh, fw]`, one number, or None for the identity.
-        device: where the filter shall live (default: torch's current default device).
+        device: of the filter (default: torch's current default device).
         normalize: divide by the sum, so that constant images keep their value.
         flip_filter: reverse the filter.
         gain: factor on the image's magnitude.
@@ -116,17 +116,36 @@ def upfirdn2d(
     return run(x, f, (up_x, up_y), (down_x, down_y), (x0, x1, y0, y1), bool(flip_filter), float(gain))
 
 
-def filter2d(x, f, padding=0, flip_filter=False, gain=1, impl="auto"):
-    """Filter without changing the size (for `padding=0`); arguments as in `upfirdn2d`, padding on top of the filter's
-    own.
+def filter2d(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    padding: int | Sequence[int] = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Filter images `[N, C, H, W]` without changing their size where `padding` is 0.
+
+    The arguments are those of `upfirdn2d`; `padding` is added to what the filter itself needs.
     """
     fw, fh = filter_size(f)
     own = fw // 2, (fw - 1) // 2, fh // 2, (fh - 1) // 2
     return upfirdn2d(x, f, padding=add_padding(padding, own), flip_filter=flip_filter, gain=gain, impl=impl)
 
 
-def upsample2d(x, f, up=2, padding=0, flip_filter=False, gain=1, impl="auto"):
-    """Enlarge by the factor `up`, keeping magnitudes; arguments as in `upfirdn2d`, padding in result pixels."""
+def upsample2d(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    up: int | Sequence[int] = 2,
+    padding: int | Sequence[int] = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Enlarge images `[N, C, H, W]` by the factor `up` and keep their magnitude.
+
+    The arguments are those of `upfirdn2d`; `padding` counts pixels of the result.
+    """
     up_x, up_y = _pair(up, "up")
     padding = add_padding(padding, up_padding(f, (up_x, up_y)))
     return upfirdn2d(
@@ -134,15 +153,26 @@ def upsample2d(x, f, up=2, padding=0, flip_filter=False, gain=1, impl="auto"):
     )
 
 
-def downsample2d(x, f, down=2, padding=0, flip_filter=False, gain=1, impl="auto"):
-    """Shrink by the factor `down`; arguments as in `upfirdn2d`, padding in source pixels."""
+def downsample2d(
+    x: torch.Tensor,
+    f: torch.Tensor | None,
+    down: int | Sequence[int] = 2,
+    padding: int | Sequence[int] = 0,
+    flip_filter: bool = False,
+    gain: float = 1,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Shrink images `[N, C, H, W]` by the factor `down`.
+
+    The arguments are those of `upfirdn2d`; `padding` counts pixels of the source.
+    """
     factors = _pair(down, "down")
     padding = add_padding(padding, down_padding(f, factors))
     return upfirdn2d(x, f, down=factors, padding=padding, flip_filter=flip_filter, gain=gain, impl=impl)
 
 
 def filter_size(f: torch.Tensor | None) -> tuple[int, int]:
-    """(width, height) of a filter; (1, 1) for None."""
+    """Return (width, height) of a filter, which is (1, 1) for None."""
     if f is None:
         return 1, 1
     if f.ndim not in (1, 2) or f.dtype != torch.float32:
@@ -151,13 +181,15 @@ def filter_size(f: torch.Tensor | None) -> tuple[int, int]:
 
 
 def up_padding(f: torch.Tensor | None, up: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Padding that keeps an up-sampled image centred: (x0, x1, y0, y1)."""
-    return tuple(p for w, u in zip(filter_size(f), up) for p in ((w + u - 1) // 2, (w - u) // 2))
+    """Return the padding (x0, x1, y0, y1) that keeps an up-sampled image centred."""
+    (fw, fh), (up_x, up_y) = filter_size(f), up
+    return (fw + up_x - 1) // 2, (fw - up_x) // 2, (fh + up_y - 1) // 2, (fh - up_y) // 2
 
 
 def down_padding(f: torch.Tensor | None, down: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Padding that keeps a down-sampled image centred: (x0, x1, y0, y1)."""
-    return tuple(p for w, d in zip(filter_size(f), down) for p in ((w - d + 1) // 2, (w - d) // 2))
+    """Return the padding (x0, x1, y0, y1) that keeps a down-sampled image centred."""
+    (fw, fh), (down_x, down_y) = filter_size(f), down
+    return (fw - down_x + 1) // 2, (fw - down_x) // 2, (fh - down_y + 1) // 2, (fh - down_y) // 2
 
 
 def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
@@ -168,16 +200,21 @@ def _pair(value: int | Sequence[int], name: str) -> tuple[int, int]:
 
 
 def parse_padding(value: int | Sequence[int]) -> tuple[int, int, int, int]:
-    """One, two ([x, y]) or four padding values as (x0, x1, y0, y1)."""
+    """Return one, two ([x, y]) or four padding values as (x0, x1, y0, y1)."""
     values = (value,) if isinstance(value, int) else tuple(value)
     if len(values) not in (1, 2, 4) or any(not isinstance(v, int) for v in values):
         raise ValueError(f"upfirdn2d: padding must be one, two or four integers, not {value!r}")
-    return {1: lambda p: (p, p, p, p), 2: lambda x, y: (x, x, y, y), 4: lambda *p: p}[len(values)](*values)
+    if len(values) == 1:
+        return values[0], values[0], values[0], values[0]
+    if len(values) == 2:
+        return values[0], values[0], values[1], values[1]
+    return values[0], values[1], values[2], values[3]
 
 
-def add_padding(padding: int | Sequence[int], own: tuple[int, ...]) -> tuple[int, ...]:
-    """Padding in any spelling plus (x0, x1, y0, y1)."""
-    return tuple(a + b for a, b in zip(parse_padding(padding), own))
+def add_padding(padding: int | Sequence[int], own: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    """Return the sum of a padding of one, two or four values and the padding (x0, x1, y0, y1)."""
+    x0, x1, y0, y1 = parse_padding(padding)
+    return x0 + own[0], x1 + own[1], y0 + own[2], y1 + own[3]
 
 
 def _upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain):
@@ -196,7 +233,7 @@ def _upfirdn2d_ref(x, f, up, down, padding, flip_filter, gain):
 
 
 def _fir(x, f, up, down, padding, flip_filter):
-    """One filtering pass; `f` is [fh, fw] and already carries the gain."""
+    """Filter once; `f` is [fh, fw], and the gain is in it already."""
     channels = x.shape[1]
     (fh, fw), (up_x, up_y), (down_x, down_y), (x0, x1, y0, y1) = f.shape, up, down, padding
     if up_x == up_y == 1:

@@ -1,4 +1,4 @@
-"""Network pickles: read without executing anything from them, written so that the official tools open them.
+"""Reads network pickles without executing anything from them, and writes them so that the official tools open them.
 
 The layout is that of stylegan2-ada-pytorch, stylegan3 and EDM: a dictionary of networks, each stored as its class name,
 its instance dictionary and the source text of the module that defines it. The official loader runs that text. Here it
@@ -59,7 +59,7 @@ _translators: dict[str, Callable[[Record], Blueprint | None]] = {}
 
 
 def persistent_class(cls: Class) -> Class:
-    """Class decorator: register the class for `load` and record the constructor arguments of its instances.
+    """Register a class for `load` and record the constructor arguments of its instances; for use as a decorator.
 
     Instances get the read-only properties `init_args` (tuple) and `init_kwargs` (dict), copies of what the outermost
     constructor call was given. The class itself is returned. A class of the same name may be registered again; `load`
@@ -71,7 +71,8 @@ def persistent_class(cls: Class) -> Class:
     """
     if cls in _module_texts:
         return cls
-    construct = cls.__init__
+    changed: Any = cls  # type checkers do not let a class be given attributes
+    construct = changed.__init__
 
     @functools.wraps(construct)
     def __init__(self, *args, **kwargs):
@@ -79,19 +80,24 @@ def persistent_class(cls: Class) -> Class:
             self.__dict__.update(_init_args=copy.deepcopy(args), _init_kwargs=copy.deepcopy(kwargs))
         construct(self, *args, **kwargs)
 
-    cls.__init__ = __init__
-    cls.init_args = property(lambda self: copy.deepcopy(self._init_args))
-    cls.init_kwargs = property(lambda self: copy.deepcopy(self._init_kwargs))
+    changed.__init__ = __init__
+    changed.init_args = property(lambda self: copy.deepcopy(self._init_args))
+    changed.init_kwargs = property(lambda self: copy.deepcopy(self._init_kwargs))
     _classes.setdefault(cls.__name__, []).append(cls)
     # Read now: by the time a network is saved the file may have been edited.
-    _module_texts[cls] = _read_text(inspect.currentframe().f_back.f_globals.get("__file__"))
+    here = inspect.currentframe()
+    module = here.f_back if here is not None else None
+    _module_texts[cls] = _read_text(module.f_globals.get("__file__") if module is not None else None)
     return cls
 
 
 def _read_text(path: str | None) -> str | None:
+    """Return the source text of a module, or None for code that was not read from a file."""
+    if path is None:
+        return None
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (TypeError, OSError, UnicodeDecodeError):  # code that was not read from a file
+    except (TypeError, OSError, UnicodeDecodeError):
         return None
     return next((known for known in _module_texts.values() if known == text), text)  # one object, pickled once
 
@@ -99,7 +105,7 @@ def _read_text(path: str | None) -> str | None:
 def register_translator(class_name: str, translate: Callable[[Record], Blueprint | None]) -> None:
     """Have `translate` turn foreign records of this class name into blueprints for a registered class.
 
-    It returns None for records that need no translation and raises NetworkFormatError for those it knows to be useless.
+    It returns None for records that need no translation and raises NetworkFormatError for those that are unusable.
     TensorFlow-era networks come as records named `TENSORFLOW_NETWORK`.
     """
     _translators[class_name] = translate
@@ -130,7 +136,7 @@ def load(source: str | os.PathLike | bytes | IO[bytes]) -> dict[str, Any]:
 
 
 def load_records(source: str | os.PathLike | bytes | IO[bytes]) -> dict[str, Any]:
-    """What stands in a network pickle, read just as safely as by `load`, before any network is built from it.
+    """Return what stands in a network pickle, read just as safely as by `load`, without building a network from it.
 
     Returns:
         The dictionary in the file: `Record` for every persistent object, known here or not, with tensors in its state;
@@ -145,7 +151,7 @@ def load_records(source: str | os.PathLike | bytes | IO[bytes]) -> dict[str, Any
 
 
 def from_records(content: dict[str, Any], name: str) -> dict[str, Any]:
-    """What `load` returns for a file with this content, for files of other formats.
+    """Return what `load` returns for a file with this content; it serves files of other formats.
 
     Args:
         content: as `load_records` or `to_records` returns it; taken over, not copied.
@@ -160,7 +166,7 @@ def from_records(content: dict[str, Any], name: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Give every failure the name of the file; a hostile one can make anything fail, recursion and memory included."""
+    """Put the name of the file into every error; a hostile one can make anything fail, also by recursion or memory."""
     try:
         yield
     except NetworkFormatError as error:
@@ -202,7 +208,7 @@ def _read_source(source: Any) -> tuple[str, bytes]:
 
 
 def _check_outline(file: IO[bytes]) -> None:
-    """Refuse what its first and last bytes give away, before gigabytes (or the holes of a sparse file) are read."""
+    """Refuse a file by its first and last bytes, before gigabytes, or the holes of a sparse file, are read."""
     size = os.fstat(file.fileno()).st_size
     head = file.read(64)
     file.seek(max(size - 1, 0))
@@ -213,7 +219,7 @@ def _check_outline(file: IO[bytes]) -> None:
 
 
 def _named(content: Any) -> dict[str, Any]:
-    """`content` if it is a dictionary with names for keys, which a TensorFlow-era tuple gets here."""
+    """Return `content` if it is a dictionary with names for keys; a tuple of the TensorFlow era is made into one."""
     if (
         isinstance(content, tuple)
         and [getattr(item, "class_name", None) for item in content] == [TENSORFLOW_NETWORK] * 3
@@ -241,7 +247,7 @@ def _rebuild_all(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rebuild(key: str, record: Record) -> Any:
-    """The object of a record, or the record itself where no class fits and none is needed."""
+    """Return the object of a record, or the record itself where no class fits and none is needed."""
     label = f"'{key}' ({printable(record.class_name)})"
     try:
         plan = _translators.get(record.class_name, blueprint)(record) or blueprint(record)
@@ -262,7 +268,7 @@ def _rebuild(key: str, record: Record) -> Any:
             raise NetworkFormatError(f"{label}: {error}") from None
         return writer.plain(record)
     if record.module_src is not None:
-        network.__dict__["_source_record"] = builder.without_tensors(record)
+        network.__dict__[builder.SOURCE_RECORD] = builder.without_tensors(record)
     return network
 
 
@@ -288,7 +294,7 @@ def save(networks: dict[str, Any], path: str | os.PathLike, half: bool = False) 
             float32 of them again; the official code computes in what it finds.
 
     Raises:
-        NetworkFormatError: when something in `networks` could not be loaded again; names it.
+        NetworkFormatError: something in `networks`, which the message names, could not be loaded again.
     """
     records: dict[int, Any] = {}  # a network under two names is one network
     memo: dict[Any, Any] = {}
@@ -304,7 +310,7 @@ def save(networks: dict[str, Any], path: str | os.PathLike, half: bool = False) 
 
 
 def to_records(networks: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:
-    """What `save` would write: `Record` with present weights for every network, other values as they are.
+    """Return what `save` would write: a `Record` with present weights for every network, other values as they are.
 
     Args:
         networks: as for `save`.
@@ -330,7 +336,7 @@ def _for_each(networks: dict[str, Any], path: str | os.PathLike, convert: Callab
 
 
 def _record(value: Any, records: dict[int, Any]) -> Any:
-    """The record of a persistent object, one for each of them, and anything else as it is."""
+    """Return the record of a persistent object, one for each of them, and anything else as it is."""
     if not isinstance(value, torch.nn.Module) and type(value) not in _module_texts:
         return value
     if id(value) not in records:
@@ -340,7 +346,7 @@ def _record(value: Any, records: dict[int, Any]) -> Any:
 
 def _new_record(value: Any) -> Record:
     is_module = isinstance(value, torch.nn.Module)
-    record = vars(value).get("_source_record")
+    record = vars(value).get(builder.SOURCE_RECORD)
     if record is None:
         record = builder.describe(value, _module_texts)
         if is_module:
@@ -349,5 +355,5 @@ def _new_record(value: Any) -> Record:
 
 
 def _reconstruct_persistent_obj(meta: Any) -> Any:
-    """Stands in network pickles as the function that rebuilds a network by running the source text beside it."""
+    """Refuse to be called; network pickles name this function, which in the official code runs the text in them."""
     raise NetworkFormatError("a network pickle is opened with torch_utils.persistence.load, not with pickle.load")

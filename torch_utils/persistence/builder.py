@@ -1,4 +1,4 @@
-"""From the record of a network to a module, with every argument, tensor and layer accounted for, and back."""
+"""Makes a module from the record of a network, with every argument, tensor and layer accounted for, and back."""
 
 import contextlib
 import dataclasses
@@ -23,12 +23,16 @@ _MAX_ITEMS = 1000
 _MAX_TEXT = 1000
 _MAX_DEPTH = 16
 _MAX_LISTED = 100
+
+#: Attribute of a network that was read from a file: its record there, without tensors.
+SOURCE_RECORD = "_source_record"
+
 _ANNOTATED = {"int": (int,), "float": (bool, int, float), "bool": (bool, int), "str": (str,)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Blueprint:
-    """What it takes to rebuild a persistent object.
+    """All that is needed to rebuild a persistent object.
 
     Attributes:
         class_name: name of the registered class.
@@ -45,10 +49,10 @@ class Blueprint:
 
 
 def blueprint(record: Record) -> Blueprint:
-    """The blueprint of a record that needs no translation.
+    """Return the blueprint of a record that needs no translation.
 
     Raises:
-        NetworkFormatError: when the record is malformed.
+        NetworkFormatError: the record is malformed.
     """
     layers = walk(record)
     tensors = _entries(layers, torch.Tensor)
@@ -61,7 +65,7 @@ def blueprint(record: Record) -> Blueprint:
 
 
 def walk(record: Record) -> dict[str, Record]:
-    """A record and all records below it by their full names, like `torch.nn.Module.named_modules`."""
+    """Return a record and all records below it by their full names, like `torch.nn.Module.named_modules`."""
     layers: dict[str, Record] = {}
     pending = [("", record)]
     seen: set[int] = set()
@@ -76,7 +80,7 @@ def walk(record: Record) -> dict[str, Record]:
 
 
 def _entries(layers: dict[str, Record], kind: type) -> dict[str, Any]:
-    """All that stands in the places of parameters and buffers, by full name."""
+    """Return all that stands in the places of parameters and buffers, by full name."""
     entries: dict[str, Any] = {}
     for path, layer in layers.items():
         for name, value in [*_table(layer, "_parameters", kind), *_table(layer, "_buffers", kind)]:
@@ -87,7 +91,7 @@ def _entries(layers: dict[str, Record], kind: type) -> dict[str, Any]:
 
 
 def _table(layer: Record, table: str, kind: type) -> Iterator[tuple[str, Any]]:
-    """The entries of `_parameters`, `_buffers` or `_modules` that are not None, each checked."""
+    """Yield the entries of `_parameters`, `_buffers` or `_modules` that are not None, each checked."""
     entries = layer.state.get(table, {})
     if not isinstance(entries, dict):
         raise NetworkFormatError(f"{table} of a {printable(layer.class_name)} is no dictionary")
@@ -109,13 +113,13 @@ def _join(path: str, name: str) -> str:
 
 
 def assemble(cls: type, plan: Blueprint) -> Any:
-    """An instance of `cls` as `plan` describes it, in eval mode and without gradients.
+    """Return an instance of `cls` as `plan` describes it, in eval mode and without gradients.
 
     Every tensor of the plan has to find its place with the right shape and dtype, and every place has to be filled.
     What is stored in float16 in place of float32 becomes float32.
 
     Raises:
-        NetworkFormatError: with everything that does not fit.
+        NetworkFormatError: something does not fit; the message names all of it.
     """
     network = build_empty(cls, plan.args, plan.kwargs, budget=100 + 4 * (len(plan.tensors) + len(plan.layers)))
     if not isinstance(network, torch.nn.Module):
@@ -139,13 +143,15 @@ def assemble(cls: type, plan: Blueprint) -> Any:
 
 
 def build_empty(cls: type, args: tuple, kwargs: dict[str, Any], budget: int) -> Any:
-    """An instance of `cls` whose tensors have no memory: quick for any arguments, and the random state stays as it is.
+    """Return an instance of `cls` whose tensors have no memory.
+
+    This is quick for any arguments, and the random state stays as it is.
 
     Args:
         budget: how many layers, parameters and buffers the constructor may make altogether.
 
     Raises:
-        NetworkFormatError: when the arguments are not acceptable or the constructor fails.
+        NetworkFormatError: the arguments are not acceptable, or the constructor fails.
     """
     args, kwargs = _checked_argument([args, kwargs], [_MAX_ITEMS])
     try:
@@ -155,7 +161,7 @@ def build_empty(cls: type, args: tuple, kwargs: dict[str, Any], budget: int) -> 
             kinds = _ANNOTATED.get(getattr(annotation, "__name__", annotation))
             if kinds and type(value) not in kinds:
                 raise TypeError(f"{name} is {printable(value)!r}, a {type(value).__name__}")
-        with torch.random.fork_rng(devices=[]), _Weightless(), _limited_registrations(budget):
+        with torch.random.fork_rng(devices=[]), _WithoutMemory(), _limited_registrations(budget):
             return cls(*args, **kwargs)
     except Exception as error:  # whatever a constructor does with arguments that make no sense
         raise NetworkFormatError(
@@ -164,7 +170,7 @@ def build_empty(cls: type, args: tuple, kwargs: dict[str, Any], budget: int) -> 
 
 
 def _checked_argument(value: Any, budget: list[int]) -> Any:
-    """A copy of constructor arguments, all of them plain data of a size that makes sense."""
+    """Return a copy of constructor arguments, all of which must be plain data of a size that makes sense."""
     budget[0] -= 1
     if budget[0] < 0:
         raise NetworkFormatError("the constructor arguments are too many")
@@ -187,8 +193,8 @@ def _checked_argument(value: Any, budget: list[int]) -> Any:
     raise NetworkFormatError(f"a constructor argument is a {kind.__name__}")
 
 
-class _Weightless(TorchFunctionMode):
-    """Within it new tensors have a shape but no memory, except those made from data (filters, tables).
+class _WithoutMemory(TorchFunctionMode):
+    """A context in which new tensors have a shape but no memory, except those made from data (filters, tables).
 
     `torch.device("meta")` does the same, but arithmetic on such tensors makes torch import its compiler, which takes
     longer than all else here. Hence what constructors do with fresh weights, drawing and scaling them, is skipped.
@@ -237,7 +243,7 @@ def _limited_registrations(budget: int) -> Iterator[None]:
 
 
 def named_tensors(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers by their full names, also buffers that a state dictionary leaves out."""
+    """Return all parameters and buffers by their full names, also buffers that a state dictionary leaves out."""
     named = dict(network.named_parameters(remove_duplicate=False))
     return {**named, **dict(network.named_buffers(remove_duplicate=False))}
 
@@ -314,7 +320,7 @@ def _adopt_attributes(target: Any, layer: Record | None, path: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Slot:
-    """Where a tensor stood in a record."""
+    """The shape, dtype, layout and kind of a tensor in a record, in place of the tensor."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -327,20 +333,20 @@ def _slot(tensor: torch.Tensor) -> _Slot:
 
 
 def _widened(dtype: torch.dtype) -> torch.dtype:
-    """What a network computes with where a file has this: float16 is for small files, not for arithmetic."""
+    """Return the dtype of a network for the dtype in a file: float16 is for small files, not for arithmetic."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def without_tensors(record: Record) -> Record:
-    """A copy of the record that remembers what its parameters and buffers looked like, but not their values."""
+    """Return a copy of the record with shape, dtype and layout of its parameters and buffers, but not their values."""
     return _map_entries(record, lambda name, tensor: dataclasses.replace(_slot(tensor), dtype=_widened(tensor.dtype)))
 
 
 def narrowed(record: Record) -> Record:
-    """A copy of the record of a network with its float32 parameters and buffers in float16.
+    """Return a copy of the record of a network with its float32 parameters and buffers in float16.
 
     Raises:
-        NetworkFormatError: when one has values beyond the range of float16.
+        NetworkFormatError: one has values beyond the range of float16.
     """
 
     def convert(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -352,7 +358,7 @@ def narrowed(record: Record) -> Record:
 
 
 def _map_entries(record: Record, function: Callable[[str, Any], Any], path: str = "") -> Record:
-    """A copy of the record with `function(full name, entry)` in place of every parameter and buffer, in eval mode."""
+    """Return a copy of the record, in eval mode, with `function(full name, entry)` for every parameter and buffer."""
     state = {**record.state, "training": False}
 
     def convert(table: str, convert_entry: Callable[[str, Any], Any]) -> None:
@@ -370,14 +376,14 @@ def _map_entries(record: Record, function: Callable[[str, Any], Any], path: str 
 
 
 def describe(network: Any, module_texts: dict[type, str | None]) -> Record:
-    """The record, without tensors, of a persistent object that was built here.
+    """Return the record, without tensors, of a persistent object that was built here.
 
     Args:
         network: instance of a persistent class, a `torch.nn.Module` or not.
         module_texts: source texts of the modules of persistent classes.
 
     Raises:
-        NetworkFormatError: when the object could not be loaded again.
+        NetworkFormatError: the object could not be loaded again.
     """
     cls = type(network)
     if cls is torch.nn.ModuleDict:
@@ -388,7 +394,7 @@ def describe(network: Any, module_texts: dict[type, str | None]) -> Record:
     else:
         text = module_texts[cls]
     state = dict(vars(network))
-    state.pop("_source_record", None)
+    state.pop(SOURCE_RECORD, None)
     if isinstance(network, torch.nn.Module):
         for name, value in vars(network).items():
             if name in ("_parameters", "_buffers"):
@@ -404,10 +410,12 @@ def describe(network: Any, module_texts: dict[type, str | None]) -> Record:
 
 
 def as_constructed(record: Record, network: torch.nn.Module) -> Record:
-    """The record `describe` made, with dtypes and layouts as the constructor makes them, which is what can be loaded.
+    """Return the record that `describe` made, with dtypes and layouts as the constructor makes them.
+
+    Only such a record can be loaded.
 
     Raises:
-        NetworkFormatError: when the network no longer has the tensors its constructor arguments give.
+        NetworkFormatError: the network no longer has the tensors that its constructor arguments give.
     """
     tensors = named_tensors(network)
     budget = 100 + 4 * (len(tensors) + sum(1 for _ in network.modules()))
@@ -418,10 +426,10 @@ def as_constructed(record: Record, network: torch.nn.Module) -> Record:
 
 
 def fill(record: Record, network: torch.nn.Module) -> Record:
-    """A record without tensors, with those that `network` has now, in the dtypes and layouts that the record says.
+    """Return a record with the tensors that `network` has now, in the dtypes and layouts that the record says.
 
     Raises:
-        NetworkFormatError: when the network does not have the same tensors, or some are not finite.
+        NetworkFormatError: the network does not have the same tensors, or some are not finite.
     """
     tensors = named_tensors(network)
     slots = _entries(walk(record), _Slot)

@@ -16,11 +16,11 @@ _MAX_KEY = 2**60  # below the modulus of Python's integer hash: no two keys can 
 
 
 class NetworkFormatError(ValueError):
-    """A file is not a network pickle this project can use; the text names the file and the reason."""
+    """A file is not a network pickle that this project can use; the message names the file and the reason."""
 
 
 def printable(value: object) -> str:
-    """A value from a file, safe to put into a message: short, without control characters, and never expanded."""
+    """Return a value from a file as text for a message: short, without control characters, and never expanded."""
     if not isinstance(value, (str, int, float, type(None), BaseException)):
         return f"a {type(value).__name__}"
     text = str(value)[:1000]
@@ -30,12 +30,17 @@ def printable(value: object) -> str:
 def need(condition: bool, what: str) -> None:
     """Raise NetworkFormatError unless the condition holds."""
     if not condition:
-        raise NetworkFormatError(f"damaged or not a network pickle: {what}")
+        raise damaged(what)
+
+
+def damaged(what: str) -> NetworkFormatError:
+    """Return the error for a file that no writer of network pickles has made as it is."""
+    return NetworkFormatError(f"damaged or not a network pickle: {what}")
 
 
 @dataclass(frozen=True, eq=False)
 class Global:
-    """A global that a pickle may refer to, as a token.
+    """A global that a pickle may refer to; this object stands for it.
 
     Attributes:
         name: for messages.
@@ -59,11 +64,11 @@ class PersistentId:
 
 
 class Machine:
-    """Interprets one pickle.
+    """An interpreter of one pickle.
 
     Args:
         data: the file, or a part of it; bytes objects in the pickle stay views of it.
-        globals_: what (module, name) stands for; nothing else is found.
+        globals_: what each (module, name) stands for; a pickle that names another global is refused.
         build: what BUILD calls with an object and its state; None: the opcode is refused.
         position: where the pickle begins; after `run`, where it ended.
         allow_persistent_id: let BINPERSID yield a `PersistentId`.
@@ -90,10 +95,10 @@ class Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        """The object that the pickle describes.
+        """Return the object that the pickle describes.
 
         Raises:
-            NetworkFormatError: for whatever is not allowed or makes no sense; other exceptions are possible, too.
+            NetworkFormatError: the pickle does what is not allowed or makes no sense; others are possible, too.
         """
         need(self.take(1) == pickle.PROTO and self.uint(1) in (2, 3, 4, 5), "it does not begin like a pickle")
         for _ in range(self.max_operations):
@@ -196,7 +201,8 @@ class Machine:
         self.stack.append(kind.new())
 
     def build(self) -> None:
-        need(self.set_state is not None, "an object's state where there are no objects")
+        if self.set_state is None:
+            raise damaged("an object's state where there are no objects")
         state = self.pop()
         self.set_state(self.top(), state)
 

@@ -1,4 +1,4 @@
-"""What a network pickle may contain, and what becomes of it: the fixed list of globals and torch's storage format.
+"""The fixed list of globals that a network pickle may contain, what becomes of each, and torch's storage format.
 
 Nothing here imports or calls what a file names. A global is looked up in `_GLOBALS`; everything else is refused.
 """
@@ -65,12 +65,12 @@ class Record:
 
     @property
     def init_args(self) -> tuple:
-        """Positional constructor arguments."""
+        """The positional constructor arguments."""
         return self.state.get("_init_args", ())
 
     @property
     def init_kwargs(self) -> dict[str, Any]:
-        """Keyword constructor arguments, only those that were passed."""
+        """The keyword constructor arguments, only those that were passed."""
         return self.state.get("_init_kwargs", {})
 
     def __deepcopy__(self, memo: dict) -> "Record":
@@ -78,14 +78,14 @@ class Record:
 
 
 def read(data: bytes) -> Any:
-    """The content of a network pickle.
+    """Return the content of a network pickle.
 
     Returns:
         Plain Python data (EasyDict becomes dict, NumPy scalars become Python numbers), `Record` for persistent objects,
         `torch.Tensor` and `torch.nn.Parameter` (CPU, own memory, no gradient), `Array` for NumPy arrays.
 
     Raises:
-        NetworkFormatError: with the reason, but without the name of the file.
+        NetworkFormatError: the file is not usable; the message has the reason, but not the name of the file.
     """
     check_outline(data[:64], data[-1:])
     machine = Machine(memoryview(data), _GLOBALS, _build)
@@ -124,7 +124,7 @@ class _Dtype:
 
 @dataclass(eq=False)
 class Array:
-    """A NumPy array; `value` is there once the file has delivered its content."""
+    """A NumPy array; `value` is None until its content has been read."""
 
     value: np.ndarray | None = None
 
@@ -197,7 +197,7 @@ def _storage(blob: Any) -> _Elements:
     elements = torch.empty(len(payload), dtype=torch.uint8)  # aligned, which the bytes in the file are not
     elements.numpy()[:] = np.frombuffer(payload, np.uint8)
     if dtype is torch.bool:
-        need(not elements.numel() or elements.max() <= 1, "a storage with truth values other than 0 and 1")
+        need(not elements.numel() or bool(elements.max() <= 1), "a storage with truth values other than 0 and 1")
     blob.release()  # the same bytes again would be an error: nothing in a file may be multiplied
     return _Elements(elements.view(dtype), count)
 
@@ -230,7 +230,7 @@ def _build_array(array: Array, version: Any, shape: Any, dtype: Any, fortran: An
 
 
 def _array_from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> Array:
-    """An array as protocol 5 has it."""
+    """Return an array that was pickled by protocol 5."""
     need(type(order) is str and order in ("C", "F"), "a NumPy array's order")
     array = Array()
     _build_array(array, 1, shape, dtype, order == "F", data)
@@ -238,7 +238,7 @@ def _array_from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> Array:
 
 
 def _build(target: Any, state: Any) -> None:
-    """BUILD: only what is under construction, and only once."""
+    """Set the state of an object for the opcode BUILD: only of one under construction, and only once."""
     if isinstance(target, _Dtype):
         need(type(state) is tuple and len(state) == 8 and state[1] in ("<", ">", "|", "="), "a NumPy dtype")
         target.order = state[1]

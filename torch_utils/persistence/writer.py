@@ -17,18 +17,18 @@ PROTOCOL = 4
 
 
 def write(content: dict[str, Any], file: IO[bytes], reconstruct: Callable) -> None:
-    """Pickle `content`: plain data (see `plain`), tensors on the CPU, and `Record` as a call of `reconstruct`."""
+    """Pickle `content`: plain data (see `plain`), CPU tensors, and records, which become calls of `reconstruct`."""
     _Pickler(file, reconstruct).dump(content)
 
 
 def plain(value: Any, memo: dict[Any, Any] | None = None) -> Any:
-    """A copy of `value` made of nothing but Python's own data types, CPU tensors and records; sharing is kept.
+    """Return a copy of `value` made of nothing but Python's own data types, CPU tensors and records; sharing is kept.
 
     NumPy scalars become Python numbers and dictionaries of other kinds plain ones (except ordered ones). Records of
     torch's ModuleDict become one that holds records.
 
     Raises:
-        TypeError: with the type, when there is anything else in it.
+        TypeError: there is anything else in it; the message has its type.
     """
     memo = {} if memo is None else memo
     if type(value) is str:
@@ -63,7 +63,7 @@ def plain(value: Any, memo: dict[Any, Any] | None = None) -> Any:
 
 
 def _module_dict(record: Record) -> torch.nn.ModuleDict:
-    """Torch's own container with records where its modules would be: good for nothing but pickling."""
+    """Return torch's own container with records where its modules would be, which only serves pickling."""
     if record.class_name != "ModuleDict":
         raise TypeError(f"a {record.class_name} cannot be written into a network pickle")
     container = torch.nn.ModuleDict.__new__(torch.nn.ModuleDict)
@@ -74,7 +74,7 @@ def _module_dict(record: Record) -> torch.nn.ModuleDict:
 def cpu_tensor(
     tensor: torch.Tensor, dtype: torch.dtype | None = None, stride: tuple[int, ...] | None = None
 ) -> torch.Tensor:
-    """`tensor` on the CPU without history, dense and alone in its storage; by default with the strides it has."""
+    """Return `tensor` on the CPU without history, dense, alone in its storage, and by default with its own strides."""
     result = tensor.detach().to("cpu", dtype or tensor.dtype)
     stride = stride or result.stride()
     if not _is_dense(result.shape, stride):
@@ -86,7 +86,7 @@ def cpu_tensor(
 
 
 def _is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    """Whether a tensor of this shape and stride fills its storage exactly once."""
+    """Return whether a tensor of this shape and stride fills its storage exactly once."""
     expected = 1
     for step, size in sorted((step, size) for size, step in zip(shape, stride) if size > 1):
         if step != expected:
@@ -96,14 +96,14 @@ def _is_dense(shape: torch.Size, stride: tuple[int, ...]) -> bool:
 
 
 class _Storage:
-    """The storage of a dense tensor that is alone in it; `key` only has to be different for each."""
+    """The storage of a dense tensor that is alone in it; every storage of a file has another `key`."""
 
     def __init__(self, tensor: torch.Tensor, key: str):
         self.tensor = tensor
         self.key = key
 
     def blob(self) -> bytes:
-        """Torch's save format from before 1.6: see the reader."""
+        """Return the storage in torch's format from before 1.6, which the reader describes."""
         count = self.tensor.numel()
         info = {
             "protocol_version": STORAGE_PROTOCOL,
@@ -111,7 +111,8 @@ class _Storage:
             "type_sizes": {"short": 2, "int": 4, "long": 4},
         }
         content = self.tensor.as_strided([count], [1]).view(torch.uint8).numpy()
-        parts = [pickle.dumps(value, 2) for value in (STORAGE_MAGIC, STORAGE_PROTOCOL, info)]
+        header = (STORAGE_MAGIC, STORAGE_PROTOCOL, info)
+        parts: list[bytes | memoryview] = [pickle.dumps(value, 2) for value in header]
         parts += [self._description(count), pickle.dumps([self.key], 2), struct.pack("<q", count), content.data]
         return b"".join(parts)
 
@@ -120,13 +121,14 @@ class _Storage:
         description = ("storage", storage_type, self.key, "cpu", count, None)
         buffer = io.BytesIO()
         pickler = pickle.Pickler(buffer, 2)
-        pickler.persistent_id = lambda value: description if value is self else None
+        # A pickler looks for this function on itself as well as on its class.
+        pickler.persistent_id = lambda value: description if value is self else None  # type: ignore[method-assign]
         pickler.dump(self)
         return buffer.getvalue()
 
 
 class _Pickler(pickle.Pickler):
-    """Writes tensors as torch's own pickling does, but with storage keys that are the same each time."""
+    """A pickler that writes tensors as torch's own pickling does, but with storage keys that are the same each time."""
 
     def __init__(self, file: IO[bytes], reconstruct: Callable):
         super().__init__(file, protocol=PROTOCOL)

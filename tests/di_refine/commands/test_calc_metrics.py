@@ -14,6 +14,7 @@ from PIL import Image
 
 from di_refine.commands.calc_metrics import main
 from di_refine.files import registry
+from di_refine.metrics.kinds import KINDS
 from di_refine.metrics.small import SmallConvNet, save_small
 from stylegan2_ada.networks import Generator
 from torch_utils import persistence
@@ -77,6 +78,22 @@ def refused(result, *words):
         assert word in result.stderr
 
 
+def test_help_is_quick_and_knows_every_metric():
+    script = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from di_refine.commands.calc_metrics import main
+try:
+    main(["--help"])
+finally:
+    print([name for name in ("torch", "numpy", "PIL") if name in sys.modules])
+"""
+    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert completed.stdout.splitlines()[-1] == "[]", completed.stderr
+    for kind in KINDS.values():
+        assert kind.what in completed.stdout and all(form in completed.stdout for form in kind.forms)
+
+
 def test_images(run, folder):
     names = "fd1k_full@toy,pr1k3_full@toy,acc1k@toy"
     result = run("--images", folder / "fakes", "--data", folder / "data", "--metrics", names)
@@ -133,7 +150,7 @@ def test_options_are_checked(run, folder):
     refused(run(*network, *data, metric, "--labels=4"), "--labels=4", "4 classes")
     refused(run(*network, *data, metric, "--labels=cat"), "--labels must be")
     refused(run(*network, "--ref", folder / "wide.npz", "--metrics=acc1k@toy", "--labels=dataset"), "needs --data")
-    refused(run(*network, *data, metric, "--seeds=0"), "--seeds must be")
+    refused(run(*network, *data, metric, "--seeds=0"), "--seeds", "x>=1")
     refused(run(*network, *data, metric, "--detector", folder / "wide.npz", detector=False), "wide.npz")
     refused(run(*network, *data, metric, detector=False), "toy")
 

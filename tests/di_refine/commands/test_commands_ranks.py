@@ -100,22 +100,23 @@ def test_two_processes_of_torchrun_are_as_one(tmp_path):
 
 
 def distill_here(*options):
+    ranks.say_pid()
     sys.exit(distill.main(options, standalone_mode=True))
 
 
-def test_a_killed_process_ends_the_other_and_one_alone_goes_on(tmp_path):
+def test_torchrun_ends_the_other_of_a_killed_process_and_one_alone_goes_on(tmp_path):
     options = [*DISTILL, *COMMON, "--metrics=none", "--score-warmup=0", "--tick=0.12", "--snap=1"]
     parts, whole = f"--outdir={tmp_path / 'parts'}", f"--outdir={tmp_path / 'whole'}"
-    processes = ranks.start(__file__, "distill_here", 2, *options, parts, "--kimg=1000")
+    process = ranks.torchrun(__file__, "distill_here", 2, *options, parts, "--kimg=1000")
+    pids = ranks.read_pids(process, 2)
     wait_for(tmp_path, "parts/*/training-state-*.pt")
     began = time.monotonic()
-    processes[1].send_signal(signal.SIGKILL)
-    out, errors = processes[0].communicate(timeout=60)
-    print(f"rank 1 of a distillation was killed: rank 0 ended after {time.monotonic() - began:.2f} s")
-    assert processes[0].returncode == 1 and out == "" and "Traceback" not in errors
-    dead = f"error: rank 1 of 2 (pid {processes[1].pid} on "
-    assert len([line for line in errors.splitlines() if line.startswith(dead)]) == 1, errors
-    processes[1].communicate()
+    os.kill(pids[1], signal.SIGKILL)
+    out, errors = process.communicate(timeout=60)
+    print(f"rank 1 of a distillation was killed: all ended after {time.monotonic() - began:.2f} s")
+    assert process.returncode == 1 and out == "" and not ranks.are_running(pids)
+    assert f"exitcode  : -9 (pid: {pids[1]})" in errors
+    assert errors.count("Traceback") == 1, errors  # torchrun's own
 
     (run,) = (tmp_path / "parts").iterdir()
     kimg = ticks(run)[-1]["kimg"] + 0.12

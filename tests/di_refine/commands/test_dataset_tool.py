@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from di_refine.commands import dataset_tool
+from di_refine.files.dataset_sources import CIFAR_MEMBERS
 from di_refine.files.datasets import ImageDataset
 
 
@@ -138,7 +139,7 @@ def python2_pickle(data: np.ndarray, labels: list[int]) -> bytes:
     return b"\x80\x02}(U\x04data" + array + state + b"U\x06labels" + numbers + b"u."
 
 
-def cifar_archive(path, batch=None, members=dataset_tool.CIFAR_MEMBERS):
+def cifar_archive(path, batch=None, members=CIFAR_MEMBERS):
     """A small archive in the layout of cifar-10-python.tar.gz, or one with `batch` pickled in its place."""
     with tarfile.open(path, "w:gz") as archive:
         for index, member in enumerate(members):
@@ -200,17 +201,25 @@ def _add(name, **settings):
         (None, ["--resolution=-4"], "--resolution must be"),
         (None, ["--resolution=16x8"], "--resolution=16x8 is not square"),
         (None, ["--resize-filter=sinc"], "'--resize-filter': 'sinc' is not one of"),
-        (None, ["--max-images=0"], "--max-images must be a whole number (at least 1), not '0'"),
+        (None, ["--max-images=0"], "'--max-images': 0 is not in the range x>=1"),
         (None, ["--labels=json"], "--labels=json: "),
         (_add("flat.png"), ["--labels=folder"], "--labels=folder: the images of"),
         (_add("dog/e.png", size=(8, 6)), [], "image dog/e.png is 8x6, not square; use --transform=center-crop"),
         (
             _add("dog/e.png", size=(6, 6)),
             [],
-            "image dog/e.png is 6x6 but ape/d.png is 8x8; bring them to one size with",
+            "image dog/e.png is 6x6 but ape/d.png is 8x8; bring them to one size with --resolution",
         ),
-        (_add("dog/e.png", mode="L"), [], "image dog/e.png has Pillow mode L but ape/d.png has RGB; choose --grey or"),
-        (_add("ape/0.png", mode="RGBA"), [], "image ape/0.png has Pillow mode RGBA; choose --grey or --rgb"),
+        (
+            _add("dog/e.png", mode="L"),
+            [],
+            "image dog/e.png has Pillow mode L but ape/d.png has RGB; convert them with dataset_tool.py --grey",
+        ),
+        (
+            _add("ape/0.png", mode="RGBA"),
+            [],
+            "image ape/0.png has Pillow mode RGBA; convert it with dataset_tool.py --grey or --rgb",
+        ),
         (lambda folder: (folder / "cat/a.png").write_bytes(b"x"), [], "image cat/a.png is damaged or not an image"),
         (lambda folder: (folder / "dataset.json").write_text("{"), [], "dataset.json is malformed"),
     ],
@@ -221,7 +230,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, photos, change, 
     before = sorted(tmp_path.rglob("*"))
     result = convert(photos, tmp_path / "new" / "folder" / "out.zip", *options)
     errors = [line for line in result.stderr.splitlines() if not line.startswith("converting")]
-    assert result.exit_code == 2 and len(errors) == 1 and message in errors[0] and result.stdout == ""
+    assert result.exit_code == 2 and len(errors) == 1 and result.stdout == ""
+    assert message in errors[0]
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -10,7 +10,7 @@ from golden_io import GOLDEN
 from di_refine.commands.distill import main
 from di_refine.commands.generate import main as generate
 from di_refine.commands.presets import PRESETS
-from di_refine.generators import DistilledGenerator, NetworkSampler, load_sampler, step_sigmas
+from di_refine.generators import DistilledGenerator, GeneratorSampler, load_sampler, step_sigmas
 from torch_utils import persistence
 
 TEACHER, UNCOND = GOLDEN / "distill/teacher.pkl", GOLDEN / "edm/ncsnpp.pkl"
@@ -55,7 +55,7 @@ def test_the_file_knows_how_to_make_images(tmp_path, steps):
 
     sampler = load_sampler(done["snapshot"])
     images = sampler.images([0, 1])
-    torch.testing.assert_close(images, NetworkSampler(networks["ema"], sigmas=sigmas).images([0, 1]))
+    torch.testing.assert_close(images, GeneratorSampler(DistilledGenerator(networks["ema"], sigmas)).images([0, 1]))
     out = CliRunner().invoke(generate, [f"--network={done['snapshot']}", "--seeds=0-3", f"--outdir={tmp_path / 'out'}"])
     assert out.exit_code == 0, out.stderr
     assert len(list((tmp_path / "out").glob("seed*.png"))) == 4

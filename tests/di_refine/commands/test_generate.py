@@ -68,9 +68,10 @@ def test_sampler_is_a_function_of_the_index(network):
 def test_sampler_leaves_the_mode_alone():
     sampler = load_sampler(GAN)
     sampler.net.train()
-    before = sampler.net.mapping.w_avg.clone()
+    mapping = sampler.generator.net.mapping
+    before = mapping.w_avg.clone()
     sampler.images([0])
-    assert sampler.net.training and torch.equal(sampler.net.mapping.w_avg, before)
+    assert sampler.net.training and torch.equal(mapping.w_avg, before)
 
 
 @pytest.mark.parametrize(

@@ -97,4 +97,4 @@ def test_what_is_no_network_file(tmp_path):
     result, _ = run(tmp_path / "x.pkl", status=2)
     assert result.stderr.startswith("error: ") and "does not begin like a pickle" in result.stderr
     result, _ = run("nonsense", status=2)
-    assert "NETWORK=nonsense is neither a file nor a name" in result.stderr
+    assert "network=nonsense is neither a file nor a name" in result.stderr

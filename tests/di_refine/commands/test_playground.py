@@ -5,8 +5,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from di_refine.commands import playground
-from di_refine.commands.playground import MixtureDenoiser
+from di_refine.commands import plane, playground
+from di_refine.commands.plane import MixtureDenoiser
 
 
 class Affine(torch.nn.Module):
@@ -20,7 +20,7 @@ class Affine(torch.nn.Module):
 
 def test_mixture_denoiser_follows_its_density():
     """Tweedie: D(x) = x + sigma^2 grad log p(x)."""
-    teacher = playground.ring()
+    teacher = plane.ring()
     x = (torch.randn(50, 2, generator=torch.Generator().manual_seed(0)) * 2).double().requires_grad_()
     for sigma in (0.1, 0.7, 5.0):
         (score,) = torch.autograd.grad(teacher.log_prob(x, sigma).sum(), x)
@@ -30,8 +30,8 @@ def test_mixture_denoiser_follows_its_density():
 
 def test_density_of_an_affine_generator():
     mean, scales, sigma = [0.4, -0.7], [0.8, 0.3], 0.2
-    density = playground.generator_density(Affine(mean, scales), sigma)
-    _, points = playground.plane()
+    density = plane.generator_density(Affine(mean, scales), sigma)
+    _, points = plane.plane()
     var = torch.tensor(scales) ** 2 + sigma**2
     exact = (-((points - torch.tensor(mean)) ** 2 / (2 * var)).sum(-1)).exp() / (2 * math.pi * var.prod().sqrt())
     torch.testing.assert_close(density, exact, rtol=1e-3, atol=1e-5)
@@ -39,14 +39,14 @@ def test_density_of_an_affine_generator():
 
 def test_distances_of_two_gaussians():
     teacher = MixtureDenoiser(torch.tensor([[0.5, 0.0]]), std=0.6)
-    same = playground.distances(Affine([0.5, 0.0], 0.6), teacher)
+    same = plane.distances(Affine([0.5, 0.0], 0.6), teacher)
     assert abs(same["rkl"]) < 1e-5 and abs(same["js"]) < 1e-5
-    shifted = playground.distances(Affine([0.5, 0.9], 0.6), teacher)
-    assert shifted["rkl"] == pytest.approx(0.9**2 / (2 * (0.6**2 + playground.SIGMA**2)), rel=1e-3)
-    far = playground.distances(Affine([-3.0, -3.0], 0.3), teacher)
+    shifted = plane.distances(Affine([0.5, 0.9], 0.6), teacher)
+    assert shifted["rkl"] == pytest.approx(0.9**2 / (2 * (0.6**2 + plane.SIGMA**2)), rel=1e-3)
+    far = plane.distances(Affine([-3.0, -3.0], 0.3), teacher)
     assert far["js"] == pytest.approx(math.log(2), rel=1e-2)
     with pytest.raises(ValueError, match="within 5 of the middle"):
-        playground.distances(Affine([9.0, 0.0], 0.6), teacher)
+        plane.distances(Affine([9.0, 0.0], 0.6), teacher)
 
 
 def test_command(tmp_path):
@@ -75,7 +75,7 @@ def test_divergences_of_two_gaussians_in_closed_form():
     d2 = 0.5**2 / var
     teacher = MixtureDenoiser(torch.tensor([[0.5, 0.0]]), std=0.6)
     names = ("rkl", "fkl", "jeffreys", "hellinger", "chi2", "neyman", "fisher")
-    found = playground.distances(Affine([0.5, 0.5], 0.6), teacher, names, sigma=0.6)
+    found = plane.distances(Affine([0.5, 0.5], 0.6), teacher, names, sigma=0.6)
     expected = {
         "rkl": d2 / 2,
         "fkl": d2 / 2,

@@ -6,7 +6,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +15,19 @@ from click.testing import CliRunner
 from golden_io import GOLDEN
 from PIL import Image
 
-from di_refine.commands import distillation, job, refinement
+import di_refine
+from di_refine.commands import pretrain
+from di_refine.commands.config import DistillConfig, FeatureFilesConfig, RefineConfig, TeachConfig
 from di_refine.commands.distill import main as distill
-from di_refine.commands.distillation import DistillOptions
 from di_refine.commands.refine import main
-from di_refine.commands.refinement import RefineOptions
+from di_refine.config import TrainerConfig
 from di_refine.files import registry
+from di_refine.metrics.config import MeasureConfig
 from di_refine.metrics.small import SmallConvNet, save_small
+from di_refine.pretraining.config import FeaturesConfig
+from di_refine.runs.config import LoopConfig, RunConfig
 from torch_utils import persistence
+from torch_utils.settings import declared
 
 G_COND, G_UNCOND = GOLDEN / "stylegan2/sg2ada-cifar-cond.pkl", GOLDEN / "stylegan2/sg3repo-stylegan2.pkl"
 G_GREY = GOLDEN / "stylegan2/sg2ada-resnet16.pkl"
@@ -119,7 +123,7 @@ def test_snapshot_is_the_original_file_with_other_weights(measured):
 
 
 def test_final_metrics_are_measured_at_the_end_alone(measured, tmp_path):
-    folder = Path(measured[0]["run_dir"]).parents[3]
+    folder = Path(measured[0]["run_dir"]).parents[1]
     metrics = {"metrics": "acc1k@toy", "final_metrics": "fd1k_full@toy", "teacher_steps": 1, "kimg": 0.008}
     changes = {**metrics, "detector": folder / "toy.safetensors", "ref": folder / "data"}
     result = refine(*options(tmp_path, **changes))
@@ -234,14 +238,30 @@ def test_dry_run_says_everything_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command, options_class", [(main, RefineOptions), (distill, DistillOptions)])
-def test_every_option_reaches_the_run(command, options_class):
-    """An option that nobody reads is a lie: each is a field of the options, or handled by the command itself."""
-    names = {parameter.name for parameter in command.params} - {"dry_run", "ops"}
-    assert names == {field.name for field in fields(options_class)}
-    source = "".join(Path(module.__file__).read_text() for module in (job, refinement, distillation))
-    unread = {name for name in names - {"preset"} if not re.search(rf"\bo(ptions)?\.{name}\b|\"{name}\"", source)}
-    assert not unread
+TEACHING = (TeachConfig, LoopConfig, TrainerConfig, MeasureConfig, RunConfig)
+
+
+@pytest.mark.parametrize(
+    "command, parts",
+    [
+        (main, (RefineConfig, *TEACHING)),
+        (distill, (DistillConfig, *TEACHING)),
+        (pretrain.teacher, pretrain.TEACHER),
+        (pretrain.gan, pretrain.GAN),
+        (pretrain.features, (FeatureFilesConfig, FeaturesConfig)),
+    ],
+)
+def test_every_option_is_a_setting_that_is_read(command, parts):
+    """An option that nobody reads is a lie: each is a setting of a part, or handled by the command itself."""
+    names = [parameter.name for parameter in command.params if parameter.name not in ("dry_run", "ops", "device")]
+    assert sorted(names) == sorted(item.name for part in parts for item in declared(part))
+    packages = Path(di_refine.__file__).parent, Path(di_refine.__file__).parents[1] / "stylegan2_ada"
+    source = "".join(
+        path.read_text() for package in packages for path in package.rglob("*.py") if path.name != "config.py"
+    )
+    config = "".join(path.read_text() for path in packages[0].rglob("config.py"))
+    unread = {name for name in names if not re.search(rf"\.{name}\b|\"{name}\"", source)}
+    assert not {name for name in unread if f"self.{name}" not in config}
 
 
 def broken(tmp_path, kind):
@@ -267,24 +287,25 @@ def broken(tmp_path, kind):
         ({"teacher": None}, ["--teacher is needed"]),
         ({"teacher": GOLDEN / "edm/vp.pkl"}, ["classes", "10", "no"]),
         ({"teacher": T_UNCOND}, ["classes", "10", "no"]),
-        ({"objective": "f-js"}, ["--objective=f-js", "--data", "sample_teacher"]),
+        ({"objective": "f-js"}, ["--objective=f-js", "--data", "sample-teacher"]),
         ({"adversarial_weight": 1}, ["--adversarial-weight", "--data"]),
-        ({"objective": "f-js", "data": "teacher"}, ["--data=teacher", "sample_teacher --teacher="]),
+        ({"objective": "f-js", "data": "teacher"}, ["--data=teacher", "sample-teacher --teacher="]),
         ({"objective": "f-js", "data": "nowhere.zip"}, ["--data=nowhere.zip"]),
         ({"objective": "f-js", "data": "digits-16x16.zip"}, ["--data", "16x16", "32x32"]),
-        ({"objective": "sid", "alpha": 0}, ["--alpha", "greater than 0"]),
-        ({"objective": "sid", "alpha": 2.5}, ["--alpha", "at most 2"]),
+        ({"objective": "sid", "alpha": 0}, ["--alpha", "x<=2"]),
+        ({"objective": "sid", "alpha": 2.5}, ["--alpha", "x<=2"]),
         ({"tmax": 500}, ["--tmax=500", "--sigma-dist=edm-grid"]),
         ({"data": "digits-16x16.zip"}, ["--data", "--objective=ikl", "leave it out"]),
-        ({"tmax": 1001}, ["--tmax", "at most 1000"]),
+        ({"tmax": 1001}, ["--tmax", "x<=1000"]),
         ({"teacher_weight": 0.5}, ["--teacher-weight must sum to 1"]),
+        ({"teacher_weight": "half"}, ["--teacher-weight", "half"]),
         ({"stop_if_worse": 1.5}, ["--stop-if-worse", "--metrics"]),
-        ({"score_steps": 0}, ["--score-steps", "at least 1"]),
+        ({"score_steps": 0}, ["--score-steps", "x>=1"]),
         ({"network": G_UNCOND}, ["classes", "unconditional teacher"]),
         ({"batch": 6, "batch_gpu": 4}, ["--batch=6", "--batch-gpu=4"]),
-        ({"batch": 0}, ["--batch", "at least 1"]),
-        ({"kimg": -1}, ["--kimg", "greater than 0"]),
-        ({"lr": 0}, ["--lr", "greater than 0"]),
+        ({"batch": 0}, ["--batch", "x>=1"]),
+        ({"kimg": -1}, ["--kimg", "0<x"]),
+        ({"lr": 0}, ["--lr", "x>0"]),
         ({"score_warmup": 1}, ["--kimg=0.024", "--score-warmup=1"]),
         ({"metrics": "fid50"}, ["unknown metric", "fid<N>k_full"]),
         ({"metrics": "fd1k_full@nothing"}, ["nothing"]),
@@ -292,6 +313,7 @@ def broken(tmp_path, kind):
         ({"network": G_UNCOND, "teacher": T_UNCOND, "class_freq": "1,2"}, ["--class-freq", "no classes"]),
         ({"alpha": 1.2}, ["--alpha", "--objective=ikl"]),
         ({"objective": "kl"}, ["--objective", "ikl"]),
+        ({"objective": "sds"}, ["--objective=sds", "without randomness"]),
         ({"device": "tpu"}, ["--device"]),
         ({"resume": "nowhere"}, ["--resume=nowhere"]),
     ],
@@ -333,7 +355,8 @@ def test_another_experiment_does_not_continue_a_run(tmp_path):
     assert other.exit_code == 2 and "start a new one" in other.stderr
     for name, value in (("objective", "sid"), ("batch", 8), ("seed", 1), ("score_steps", 2)):
         other = refine(*options(tmp_path, metrics="none", resume=run_dir, **{name: value}))
-        assert other.exit_code == 2 and f"--{name.replace('_', '-')} was" in other.stderr, other.stderr
+        flag = f"--{name.replace('_', '-')}={value}"
+        assert other.exit_code == 2 and f"cannot be continued with {flag}" in other.stderr, other.stderr
     longer = refine(*options(tmp_path, metrics="none", resume="auto", kimg=0.016, lr=2e-3))
     assert longer.exit_code == 0 and json.loads(longer.stdout.splitlines()[-1])["run_dir"] == run_dir
     assert "kimg: 0.012 -> 0.016" in longer.stderr and "lr: 0.001 -> 0.002" in longer.stderr
@@ -342,7 +365,7 @@ def test_another_experiment_does_not_continue_a_run(tmp_path):
 
 
 def test_a_run_that_gets_worse_or_late_stops(tmp_path, measured):
-    folder = Path(measured[0]["run_dir"]).parents[3]
+    folder = Path(measured[0]["run_dir"]).parents[1]
     metrics = {"metrics": "fd1k_full@toy", "detector": folder / "toy.safetensors", "ref": folder / "data"}
     changes = {**metrics, "teacher_steps": 1, "lr": 1, "score_warmup": 0, "stop_if_worse": 1.01}
     result = refine(*options(tmp_path / "worse", **changes))

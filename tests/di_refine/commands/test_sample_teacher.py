@@ -13,12 +13,14 @@ import torch
 from click.testing import CliRunner
 from golden_io import GOLDEN
 
-from di_refine import generators
+from di_refine import denoisers
 from di_refine.commands import sample_teacher
 from di_refine.errors import InputError
-from di_refine.files import registry
+from di_refine.files import registry, teacher_samples
+from di_refine.files.dataset_writer import Picture
 from di_refine.files.datasets import ImageDataset
 from di_refine.generators import load_sampler
+from torch_utils import persistence
 
 COND, UNCOND, GAN = GOLDEN / "edm/adm_cond.pkl", GOLDEN / "edm/vp.pkl", GOLDEN / "stylegan2/sg2ada-cifar-cond.pkl"
 
@@ -87,10 +89,10 @@ def test_classes_that_were_not_drawn_still_count(tmp_path):
 
 def test_class_frequencies_of_a_data_set(tmp_path):
     good(f"--dest={tmp_path / 'a.zip'}", "--class-freq=0,0,0,0,0,0,0,0,1,3", teacher=COND, num=8)
-    freq = sample_teacher.class_probs(str(tmp_path / "a.zip"), 10)
+    freq = teacher_samples.class_probs(str(tmp_path / "a.zip"), 10)
     np.testing.assert_allclose(freq, ImageDataset(tmp_path / "a.zip").class_frequencies())
-    np.testing.assert_allclose(sample_teacher.class_probs("2,1,1", 3), [0.5, 0.25, 0.25])
-    assert sample_teacher.class_probs("uniform", 3) is None and sample_teacher.class_probs(None, 0) is None
+    np.testing.assert_allclose(teacher_samples.class_probs("2,1,1", 3), [0.5, 0.25, 0.25])
+    assert teacher_samples.class_probs("uniform", 3) is None and teacher_samples.class_probs(None, 0) is None
 
 
 def test_kept_once(cache):
@@ -116,14 +118,14 @@ def test_every_setting_has_a_file_of_its_own(tmp_path):
 
 
 def test_the_newest_samples_of_a_teacher(tmp_path):
-    assert sample_teacher.cached_samples(UNCOND) is None
+    assert teacher_samples.cached_samples(UNCOND) is None
     first, second = Path(good()["dest"]), Path(good("--seed=1")["dest"])
     os.utime(first, ns=(10**18, 10**18))
-    assert sample_teacher.cached_samples(UNCOND) == second
-    assert sample_teacher.cached_samples(COND) is None
-    assert good()["reused"] and sample_teacher.cached_samples(UNCOND) == first, "it was asked for last"
+    assert teacher_samples.cached_samples(UNCOND) == second
+    assert teacher_samples.cached_samples(COND) is None
+    assert good()["reused"] and teacher_samples.cached_samples(UNCOND) == first, "it was asked for last"
     shutil.copy(UNCOND, tmp_path / "renamed.pkl")
-    assert sample_teacher.cached_samples(tmp_path / "renamed.pkl") == first, "the content counts"
+    assert teacher_samples.cached_samples(tmp_path / "renamed.pkl") == first, "the content counts"
     assert len(ImageDataset(first)) == 5
 
 
@@ -163,16 +165,16 @@ def test_an_old_file_survives_a_failure(tmp_path, monkeypatch):
     dest = tmp_path / "a.zip"
     good(f"--dest={dest}")
     before = dest.read_bytes()
-    monkeypatch.setattr(sample_teacher, "_encode", lambda numbered: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Picture, "encode", lambda image, name: (_ for _ in ()).throw(KeyboardInterrupt))
     assert run(f"--dest={dest}", "--overwrite", "--seed=1").exit_code == 130
     assert dest.read_bytes() == before and files(tmp_path) == [dest]
 
 
 def test_images_that_are_not_finite(tmp_path, monkeypatch):
-    teacher = sample_teacher.load_teacher(UNCOND)
+    teacher = denoisers.load_denoiser(UNCOND)
     with torch.no_grad():
         teacher.model.map_layer0.bias.fill_(float("nan"))
-    monkeypatch.setattr(sample_teacher, "load_teacher", lambda path: teacher)
+    monkeypatch.setattr(denoisers, "load_denoiser", lambda path: teacher)
     result = run()
     assert result.exit_code == 1 and "not finite" in result.stderr and not files(tmp_path)
 
@@ -180,19 +182,19 @@ def test_images_that_are_not_finite(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, teacher, words",
     [
-        ([], GAN, "is a StyleGAN2 generator, not an EDM diffusion model"),
+        ([], GAN, "is a StyleGAN2 generator, and an EDM diffusion model is needed"),
         ([], "no/such.pkl", "--teacher=no/such.pkl: there is no such file"),
         ([], "stylegan2-digits.pkl", "needs edm"),
         ([], Path(__file__), "test_sample_teacher.py"),
-        (["--num=0"], UNCOND, "--num must be a whole number (at least 1"),
-        (["--steps=x"], UNCOND, "--steps must be"),
+        (["--num=0"], UNCOND, "Invalid value for '--num'"),
+        (["--steps=x"], UNCOND, "Invalid value for '--steps'"),
         (["--dest=a.tar"], UNCOND, "--dest=a.tar must end in .zip"),
         (["--class-freq=1,1"], UNCOND, "--class-freq=1,1: the network has no classes"),
-        (["--class-freq=1,1"], COND, "--class-freq must give 10 frequencies, one per class of the network, not 2"),
+        (["--class-freq=1,1"], COND, "must give 10 frequencies, one per class of the network, not 2"),
         (["--class-freq=1,1,1,1,1,1,1,1,1,-1"], COND, "must not be negative"),
         (["--class-freq=0,0,0,0,0,0,0,0,0,0"], COND, "one must be positive"),
         (["--class-freq=nan,0,0,0,0,0,0,0,0,0"], COND, "must not be negative"),
-        (["--class-freq=no/such.zip"], COND, "--class-freq=no/such.zip"),
+        (["--class-freq=no/such.zip"], COND, "--class-freq=no/such.zip: there is no such file"),
         (["--device=tpu"], UNCOND, "--device"),
     ],
 )
@@ -213,12 +215,12 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_a_distilled_network_is_no_teacher(monkeypatch):
-    kind, networks = generators.load_networks(UNCOND)
-    monkeypatch.setattr(generators, "load_networks", lambda path: (kind, {**networks, "distilled_sigmas": [2.5]}))
-    with pytest.raises(InputError, match="--teacher=.* was distilled to few steps"):
-        sample_teacher.load_teacher(UNCOND)
+    content = persistence.load(UNCOND)
+    monkeypatch.setattr(persistence, "load", lambda path: {**content, "distilled_sigmas": [2.5]})
+    with pytest.raises(InputError, match="teacher=.* was distilled from a diffusion model"):
+        denoisers.load_denoiser(UNCOND)
 
 
 def test_the_cache_folder_is_the_projects(cache):
-    settings = sample_teacher.sample_settings(UNCOND, 5, 1, 0, None)
-    assert registry.cache_folder() in sample_teacher.cached_path(UNCOND, settings).parents
+    settings = teacher_samples.sample_settings(UNCOND, 5, 1, 0, None)
+    assert registry.cache_folder() in teacher_samples.cached_path(UNCOND, settings).parents

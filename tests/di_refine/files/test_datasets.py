@@ -148,11 +148,11 @@ def test_faults_are_named_on_opening(tmp_path, changes, message):
 
 
 def test_paths_that_are_no_data_set(tmp_path):
-    with pytest.raises(InputError, match="--data=.*absent.zip does not exist"):
+    with pytest.raises(InputError, match="^data=.*absent.zip does not exist"):
         ImageDataset(tmp_path / "absent.zip")
     (tmp_path / "text.zip").write_text("not a zip")
-    with pytest.raises(InputError, match="--reference=.*text.zip is neither a folder nor a zip file"):
-        ImageDataset(tmp_path / "text.zip", option="--reference")
+    with pytest.raises(InputError, match="^reference=.*text.zip is neither a folder nor a zip file"):
+        ImageDataset(tmp_path / "text.zip", setting="reference")
     with pytest.raises(InputError, match="holds no images"):
         ImageDataset(write(tmp_path / "empty.zip", {"dataset.json": b"{}"}))
     whole = write(tmp_path / "whole.zip", files_of()).read_bytes()

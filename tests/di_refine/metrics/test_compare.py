@@ -7,7 +7,7 @@ from PIL import Image
 
 from di_refine.errors import InputError
 from di_refine.metrics import compare, plots
-from di_refine.metrics.detectors import Identity
+from di_refine.metrics.feature_net import Identity
 from di_refine.metrics.results import MetricResult, write_jsonl
 
 DETECTOR = Identity("toy", "0" * 16, 16, "antialiased-bilinear", 8, 4)

@@ -9,7 +9,7 @@ import torch
 
 from di_refine import metrics
 from di_refine.errors import InputError, RunError
-from di_refine.metrics import detectors
+from di_refine.metrics import detectors, feature_net
 from di_refine.metrics.detectors import load_detector
 from di_refine.metrics.inception import InceptionV3
 from di_refine.metrics.small import SmallConvNet, SmallResNet, load_small, save_small
@@ -232,7 +232,7 @@ def test_other_sizes_are_resized(small_file):
 
 def test_a_name_is_not_enough_to_be_inception(tmp_path):
     net = SmallConvNet(resolution=16, channels=1, classes=4, width=4, feature_dim=8)
-    save_small(net, tmp_path / "toy.safetensors", detectors.INCEPTION)
+    save_small(net, tmp_path / "toy.safetensors", feature_net.INCEPTION)
     assert not load_detector(tmp_path / "toy.safetensors").identity.is_inception
 
 
@@ -309,5 +309,5 @@ def test_files_are_refused(tmp_path, small_file):
 
 
 def test_unknown_name_is_refused(tmp_path):
-    with pytest.raises(InputError, match="--detector=nowhere"):
+    with pytest.raises(InputError, match="^detector=nowhere"):
         load_detector("nowhere")

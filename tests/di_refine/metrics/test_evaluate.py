@@ -14,9 +14,12 @@ from di_refine import metrics
 from di_refine.errors import InputError, RunError
 from di_refine.files.datasets import ImageDataset
 from di_refine.metrics import evaluate
-from di_refine.metrics.detectors import FeatureNet, Identity, load_detector
-from di_refine.metrics.evaluate import Evaluator, parse_metric, write_jsonl
-from di_refine.metrics.kinds import parse_metrics
+from di_refine.metrics.detectors import load_detector
+from di_refine.metrics.evaluate import Evaluator
+from di_refine.metrics.feature_net import FeatureNet, Identity
+from di_refine.metrics.kinds import KINDS, parse_metric, parse_metrics
+from di_refine.metrics.references import reference_statistics
+from di_refine.metrics.results import write_jsonl
 from di_refine.metrics.small import SmallConvNet, save_small
 from di_refine.metrics.statistics import FeatureStatistics
 
@@ -26,7 +29,7 @@ ALL = ["fd1k_full@toy", "fd2k_full@toy", "kd1k_full@toy", "pr1k3_full@toy", "dc1
 class Sampler:
     """Random images that depend on index and seed alone."""
 
-    resolution, num_channels, label_dim, chunk = 16, 1, 4, 100
+    resolution, num_channels, label_dim, num_images = 16, 1, 4, None
 
     def __init__(self, mean=140):
         self.mean = mean
@@ -54,7 +57,7 @@ def folder(tmp_path_factory):
     (folder / "data").mkdir()
     for i, image in enumerate(Sampler(mean=120)(0, 60, seed=5)[0]):
         Image.fromarray(image[0].numpy()).save(folder / "data" / f"{i:03d}.png")
-    statistics = Evaluator.reference_statistics(ImageDataset(folder / "data"), folder / "toy.safetensors")
+    statistics = reference_statistics(ImageDataset(folder / "data"), folder / "toy.safetensors")
     statistics.save(folder / "stats.npz")
     np.savez(folder / "moments.npz", mu=statistics.mu, sigma=statistics.sigma)
     return folder
@@ -62,7 +65,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluator(folder):
-    return Evaluator(ALL, reference=folder / "stats.npz", detector=folder / "toy.safetensors")
+    return Evaluator(ALL, reference=folder / "stats.npz", detector=folder / "toy.safetensors", batch=100)
 
 
 def test_all_metrics_in_one_pass(folder, evaluator):
@@ -104,7 +107,7 @@ def test_batch_size_does_not_matter(folder, evaluator):
 def test_reference_from_data(folder, evaluator):
     net = load_detector(folder / "toy.safetensors")
     dataset = ImageDataset(folder / "data")
-    statistics = Evaluator.reference_statistics(dataset, net, batch=7)
+    statistics = reference_statistics(dataset, net, batch=7)
     stored = FeatureStatistics.load(folder / "stats.npz")
     np.testing.assert_allclose(statistics.mu, stored.mu, atol=1e-7)
     np.testing.assert_allclose(statistics.features, stored.features, atol=1e-6)
@@ -224,22 +227,39 @@ def test_jsonl(evaluator, tmp_path):
 
 def test_names():
     spec = parse_metric("fid50k_full")
-    assert (spec.kind, spec.num_images, spec.detector) == ("fid", 50_000, None)
+    assert (spec.kind.name, spec.num_images, spec.detector) == ("fid", 50_000, None)
     assert parse_metric("pr50k3_full").result_keys == ("pr50k3_full_precision", "pr50k3_full_recall")
     assert parse_metric("is50k").result_keys == ("is50k_mean", "is50k_std")
     spec = parse_metric("dc5k3_full")
-    assert (spec.kind, spec.detector) == ("dc", None)
+    assert (spec.kind.name, spec.detector) == ("dc", None)
     for name, count, detector in [
         ("ppl2_wend", 50_000, None),
         ("ppl5k_wend", 5000, None),
         ("ppl2_wend@a", 50_000, "a"),
     ]:
         spec = parse_metric(name)
-        assert (spec.name, spec.kind, spec.num_images, spec.detector) == (name, "ppl", count, detector)
+        assert (spec.name, spec.kind.name, spec.num_images, spec.detector) == (name, "ppl", count, detector)
         assert spec.result_keys == (name,) and not spec.higher_is_better
     spec = parse_metric("kd5k_full@my-net_2.0")
-    assert (spec.kind, spec.num_images, spec.detector) == ("kd", 5000, "my-net_2.0")
+    assert (spec.kind.name, spec.num_images, spec.detector) == ("kd", 5000, "my-net_2.0")
     assert [spec.name for spec in parse_metrics("is2k, fid2k_full,is2k,")] == ["is2k", "fid2k_full"]
+    assert {name for name, kind in KINDS.items() if kind.higher_is_better} == {"is", "pr", "dc", "acc"}
+
+
+def test_names_and_formulas_come_without_pytorch():
+    """Commands print their help before anything slow is imported."""
+    script = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+import di_refine.metrics.kinds, di_refine.metrics.config
+print([name for name in ("torch", "numpy", "PIL") if name in sys.modules])
+from di_refine import metrics
+print(sorted(name for name in metrics.__all__ if not callable(getattr(metrics, name))))
+"""
+    completed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert completed.stdout.splitlines() == ["[]", "[]"], completed.stderr
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = metrics.nothing
 
 
 @pytest.mark.parametrize(
@@ -281,7 +301,7 @@ def test_references_are_checked(folder, tmp_path):
     statistics.identity["detector_hash"] = "0" * 16
     statistics.save(tmp_path / "foreign.npz")
     (tmp_path / "empty").mkdir()
-    refused("fd1k_full@toy needs a reference; give --ref", "fd1k_full@toy", detector=toy)
+    refused("fd1k_full@toy needs a reference; give `ref`", "fd1k_full@toy", detector=toy)
     refused(
         "holds 2048 features of an unnamed network, but toy has 8",
         "fd1k_full@toy",
@@ -290,14 +310,14 @@ def test_references_are_checked(folder, tmp_path):
     )
     refused("another network", "fd1k_full@toy", tmp_path / "foreign.npz", detector=toy)
     refused("only mean and covariance", "kd1k_full@toy", folder / "moments.npz", detector=toy)
-    refused("--ref=.*nothing.npz", "fd1k_full@toy", tmp_path / "nothing.npz", detector=toy)
-    refused("--ref=.*empty holds no images", "fd1k_full@toy", tmp_path / "empty", detector=toy)
+    refused("ref=.*nothing.npz", "fd1k_full@toy", tmp_path / "nothing.npz", detector=toy)
+    refused("ref=.*empty holds no images", "fd1k_full@toy", tmp_path / "empty", detector=toy)
 
 
 def test_detectors_are_checked(folder, tmp_path):
     toy, stats = folder / "toy.safetensors", folder / "stats.npz"
-    refused("--detector is called toy, and .* fd2k_full@toy", "fid1k_full", stats, detector=toy)
-    refused("--detector is called toy, and no metric uses it", "fd1k_full@digits", stats, detector=toy)
+    refused("`detector` is called toy, and .* fd2k_full@toy", "fid1k_full", stats, detector=toy)
+    refused("`detector` is called toy, and no metric uses it", "fd1k_full@digits", stats, detector=toy)
     refused("nobody", "fd1k_full@nobody", stats)
     identity = Identity("plain", "0" * 16, 16, "internal", 8, None)
     plain = FeatureNet(torch.nn.Flatten(), identity, 1)
@@ -306,13 +326,13 @@ def test_detectors_are_checked(folder, tmp_path):
 
 def test_offline_is_said_at_once(folder, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens there
-    refused("--detector.*pt_inception", "fid5k_full", folder / "moments.npz")
+    refused("detector.*pt_inception", "fid5k_full", folder / "moments.npz")
 
 
 def test_references_are_made_after_the_checks(folder, monkeypatch):
     """A mistake in what is to be measured must not come to light after 50,000 reference images."""
     evaluator = Evaluator("fd2k_full@toy", folder / "data", folder / "toy.safetensors")
-    monkeypatch.setattr(Evaluator, "reference_statistics", None)
+    monkeypatch.setattr(evaluate, "reference_statistics", None)
     sampler = Sampler()
     for sampler.resolution in (32, 16):
         with pytest.raises((InputError, TypeError)) as caught:
@@ -348,7 +368,7 @@ def test_not_finite_features_are_reported(folder, evaluator):
             images[321 - first_index, 0, 0, 0] = 77
         return images, labels
 
-    for name in ("resolution", "num_channels", "label_dim"):
+    for name in ("resolution", "num_channels", "label_dim", "num_images"):
         setattr(sampler, name, getattr(Sampler, name))
     with pytest.raises(RunError, match="toy gave values that are not finite for image 321"):
         broken(sampler)

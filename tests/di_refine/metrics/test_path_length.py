@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from di_refine.errors import InputError
-from di_refine.generators import NetworkSampler
+from di_refine.generators import GeneratorSampler, StyleGAN2Generator
 from di_refine.metrics.evaluate import Evaluator
 from di_refine.metrics.path_length import Perceptual, path_lengths, perceptual_path_length
 from di_refine.metrics.small import SmallConvNet, save_small
@@ -60,11 +60,11 @@ def generator():
 def test_by_hand(lpips):
     perceptual = Perceptual(lpips)
     assert perceptual.is_lpips and perceptual.identity.name == "vgg16"
-    sampler = NetworkSampler(Linear())
+    sampler = GeneratorSampler(StyleGAN2Generator(Linear()))
     lengths = path_lengths(sampler, perceptual, 0, 500, seed=0, epsilon=0.01)
     # One step changes each of 3 x 64 pixels by the sum of z1 - z0, which has variance 8; the same noise cancels.
     assert lengths.shape == (500,) and lengths.mean() == pytest.approx(3 * 64 * 8, rel=0.2)
-    sampler.truncation_psi = 0.5
+    sampler.generator.truncation_psi = 0.5
     np.testing.assert_allclose(
         path_lengths(sampler, perceptual, 0, 500, 0, epsilon=0.01), lengths / 4, rtol=1e-3, atol=1e-3
     )
@@ -84,9 +84,10 @@ def test_extremes_are_left_out():
 def test_metric(lpips, generator):
     """Alone, and beside a metric of images; the number of progress steps is what was announced."""
     evaluator, seen = Evaluator("ppl1k_wend", perceptual=lpips), []
-    (result,) = evaluator(NetworkSampler(generator), seed=2, progress=seen.append)
+    sampler = GeneratorSampler(StyleGAN2Generator(generator))
+    (result,) = evaluator(sampler, seed=2, progress=seen.append)
     assert sum(seen) == evaluator.num_images == 2000
-    parts = [path_lengths(NetworkSampler(generator), evaluator.perceptual, i, min(32, 1000 - i), 2)
+    parts = [path_lengths(sampler, evaluator.perceptual, i, min(32, 1000 - i), 2)
              for i in range(0, 1000, 32)]  # fmt: skip
     assert result.value == pytest.approx(perceptual_path_length(np.concatenate(parts)), rel=1e-6)
     assert result.value > 0 and result.detector.name == "vgg16" and result.reference == {}
@@ -99,16 +100,17 @@ def test_official_name_is_for_lpips(lpips, generator, tmp_path):
     assert Evaluator("ppl2_wend@toy", perceptual=tmp_path / "toy.safetensors").specs[0].name == "ppl2_wend@toy"
     with pytest.raises(InputError, match="toy and is no LPIPS network; write ppl2_wend@toy for ppl2_wend"):
         Evaluator("ppl2_wend", perceptual=tmp_path / "toy.safetensors")
-    with pytest.raises(InputError, match="ppl2_wend needs a perceptual network.*--perceptual"):
+    with pytest.raises(InputError, match="ppl2_wend needs a perceptual network.*`perceptual`"):
         Evaluator("ppl2_wend")
-    with pytest.raises(InputError, match="--perceptual is for path lengths"):
+    with pytest.raises(InputError, match="`perceptual` is for path lengths"):
         Evaluator("is1k@toy", detector=tmp_path / "toy.safetensors", perceptual=lpips)
-    with pytest.raises(InputError, match="--perceptual=.*none.pt"):
+    with pytest.raises(InputError, match="^perceptual=.*none.pt"):
         Evaluator("ppl2_wend", perceptual=tmp_path / "none.pt")
 
     def no_generator(first, count, seed):
         raise AssertionError
 
     no_generator.num_channels, no_generator.resolution, no_generator.label_dim = 1, 16, 0
+    no_generator.num_images = None
     with pytest.raises(InputError, match="property of StyleGAN2 generators"):
         Evaluator("ppl2_wend", perceptual=lpips).check(no_generator)

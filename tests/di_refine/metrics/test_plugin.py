@@ -87,7 +87,7 @@ def test_plugin_measures(plugin, tmp_path):
     def sampler(first, count, seed):
         return torch.full([count, 3, 8, 8], 2, dtype=torch.uint8), None
 
-    sampler.num_channels, sampler.resolution, sampler.label_dim = 3, 8, 0
+    sampler.num_channels, sampler.resolution, sampler.label_dim, sampler.num_images = 3, 8, 0, None
     (result,) = evaluator(sampler)
     assert result.value == pytest.approx(3 * 2**2 + 3) and result.detector.name == "my-net"
 

@@ -13,9 +13,9 @@ from PIL import Image
 
 from di_refine.errors import InputError
 from di_refine.files.datasets import ImageDataset
-from di_refine.metrics.cache import cache_path
 from di_refine.metrics.detectors import load_detector
 from di_refine.metrics.evaluate import Evaluator
+from di_refine.metrics.references import cache_path, reference_statistics
 from di_refine.metrics.small import SmallConvNet, save_small
 from di_refine.metrics.sources import ImageSampler
 from di_refine.metrics.statistics import FeatureStatistics
@@ -49,7 +49,7 @@ class Counted:
         self.seen += len(output)
 
     def statistics(self, dataset, **options) -> FeatureStatistics:
-        return Evaluator.reference_statistics(dataset, self.net, cache=True, **options)
+        return reference_statistics(dataset, self.net, cache=True, **options)
 
 
 def test_second_run_reads_the_cache(folder):
@@ -63,7 +63,7 @@ def test_second_run_reads_the_cache(folder):
         np.testing.assert_array_equal(again.features, first.features)
         assert again.identity == first.identity and again.count == 40
     assert toy.seen == 40
-    Evaluator.reference_statistics(dataset, toy.net)
+    reference_statistics(dataset, toy.net)
     assert toy.seen == 80  # the cache was not asked for
     values = [Evaluator("kd1k_full@toy", dataset, toy.net, cache=cache).references["toy"].mu for cache in (True, False)]
     assert toy.seen == 120
@@ -136,10 +136,10 @@ def test_concurrent_runs(folder):
 import json, torch
 torch.set_num_threads(1)
 from di_refine.files.datasets import ImageDataset
-from di_refine.metrics.evaluate import Evaluator
+from di_refine.metrics.references import reference_statistics
 for _ in range(5):
     data = ImageDataset("{folder}/data")
-    statistics = Evaluator.reference_statistics(data, "{folder}/toy.safetensors", cache=True, keep_features=True)
+    statistics = reference_statistics(data, "{folder}/toy.safetensors", cache=True, keep_features=True)
     import shutil; shutil.rmtree("{folder}/cache/statistics", ignore_errors=True)
 print(json.dumps(statistics.mu.tolist()))
 """
@@ -160,7 +160,7 @@ print(json.dumps(statistics.mu.tolist()))
 def test_reference_of_one_image(folder):
     write_images(folder / "one", 1)
     with pytest.raises(InputError, match="at least 2 images, it has 1"):
-        Evaluator.reference_statistics(ImageDataset(folder / "one"), folder / "toy.safetensors")
+        reference_statistics(ImageDataset(folder / "one"), folder / "toy.safetensors")
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -6,9 +6,9 @@ import pytest
 import ranks
 import torch
 
-from di_refine.edm.augment import AugmentPipe
 from di_refine.edm.networks import EDMPrecond
-from di_refine.pretraining.teacher import TeacherConfig, TeacherTrainer
+from di_refine.pretraining.config import TeacherConfig
+from di_refine.pretraining.teacher import TeacherTrainer, learning_rate
 from torch_utils import distributed
 from torch_utils.distributed import DistributedError
 
@@ -26,15 +26,15 @@ def images(start_nimg, batch=BATCH):
         start_nimg += batch
 
 
-def make(seed=0, dropout=0.0, augment=True, **settings):
+def make(seed=0, dropout=0.0, total=None, **settings):
     torch.manual_seed(seed)
     widths = {"model_channels": 16, "channel_mult": [1, 1], "num_blocks": 1, "attn_resolutions": []}
     net = EDMPrecond(8, 3, CLASSES, model_type="SongUNet", dropout=dropout, augment_dim=9, **widths)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.1)  # an untrained network has many weights and gradients that are zero
     # Adam makes full steps of rounding errors where a gradient is zero, as of the attention's key biases: small ones.
-    config = TeacherConfig(**{"batch": BATCH, "lr": 1e-4, "lr_rampup": 0, "ema_nimg": 50, **settings})
-    return TeacherTrainer(net, images, config, AugmentPipe.edm(p=0.9) if augment else None)
+    fixed = {"batch": BATCH, "lr": 1e-4, "lr_rampup": 0, "ema_kimg": 0.05, "augment": 0.9}
+    return TeacherTrainer(net, images, TeacherConfig(**{**fixed, **settings}), total, backend="aot_eager")
 
 
 def steps(trainer, num):
@@ -57,9 +57,9 @@ def train_and_save(folder):
 
 def refusals():
     size, last = distributed.world_size(), distributed.rank() == distributed.world_size() - 1
-    with pytest.raises(DistributedError, match=r"^--batch=13 is not a multiple of"):
+    with pytest.raises(DistributedError, match=r"^batch=13 is not a multiple of"):
         make(batch=13)
-    with pytest.raises(DistributedError, match=rf"^--batch-gpu=\d does not divide the {24 // size} images of each of"):
+    with pytest.raises(DistributedError, match=rf"^batch_gpu=\d does not divide the {24 // size} images of each of"):
         make(batch=24, batch_gpu={2: 8, 3: 6}[size])
     with pytest.raises(DistributedError, match=rf"rank {size - 1} .* teacher's settings: lr is 0.5 there and 0.1 here"):
         make(lr=0.5 if last else 0.1).step()
@@ -102,7 +102,7 @@ def test_processes_agree_with_one(tmp_path):
 
 
 def test_compiling_changes_nothing():
-    plain, compiled = make(precision="bf16"), make(precision="bf16", compile="aot_eager")
+    plain, compiled = make(precision="bf16"), make(precision="bf16", compile=True)
     for one, other in zip(steps(plain, 2), steps(compiled, 2)):
         assert other["loss"].item() == pytest.approx(one["loss"].item(), rel=1e-2)
     assert plain.state_dict()["net"].keys() == compiled.state_dict()["net"].keys()
@@ -110,15 +110,16 @@ def test_compiling_changes_nothing():
 
 
 def test_the_learning_rate_falls_to_the_end():
-    config = TeacherConfig(batch=10, lr=1.0, lr_rampup=20, lr_rampdown=40, total=100)
-    rates = [config.lr_at(nimg) for nimg in range(10, 101, 10)]
+    config = TeacherConfig(batch=10, lr=1.0, lr_rampup=0.02, lr_rampdown=0.04)
+    rates = [learning_rate(config, nimg, 100) for nimg in range(10, 101, 10)]
     assert rates == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
-    assert config.lr_at(200) == 0.25 and TeacherConfig(batch=10, lr=1.0, lr_rampup=0).lr_at(10**9) == 1
-    trainer = make(lr=1e-4, lr_rampdown=3 * BATCH, total=4 * BATCH)
+    assert learning_rate(config, 200, 100) == 0.25
+    assert learning_rate(TeacherConfig(batch=10, lr=1.0, lr_rampup=0), 10**9, None) == 1
+    trainer = make(lr=1e-4, lr_rampdown=0.003 * BATCH, total=4 * BATCH)
     steps(trainer, 4)
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-4 / 3)
     with pytest.raises(ValueError, match="total"):
-        TeacherConfig(lr_rampdown=5)
+        make(lr_rampdown=5)
 
 
 def test_augmentation_is_not_rounded_by_autocast():

@@ -1,8 +1,8 @@
 """Training states on disk: whole, verified, and the newest intact one found."""
 
 import errno
-import hashlib
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from di_refine.errors import RunError
+from di_refine.files.run_files import RunFiles
 from di_refine.runs import checkpoint
 
 STATE = {"net": {"w": torch.arange(6.0).reshape(2, 3)}, "nimg": 1234, "names": ["a", None], "rate": 0.5}
@@ -19,12 +20,12 @@ STATE = {"net": {"w": torch.arange(6.0).reshape(2, 3)}, "nimg": 1234, "names": [
 
 def states(folder, *kimgs):
     for kimg in kimgs:
-        checkpoint.save(checkpoint.path_of(folder, kimg * 1000), {"kimg": kimg})
+        checkpoint.save(RunFiles(folder).state(kimg * 1000), {"kimg": kimg})
 
 
-def flip(path, position):
+def flip(path, position, bits=1):
     content = bytearray(path.read_bytes())
-    content[position] ^= 1
+    content[position] ^= bits
     path.write_bytes(content)
 
 
@@ -37,33 +38,75 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
-def test_the_checksum_is_that_of_the_file_torch_wrote(tmp_path):
+def test_a_state_is_the_archive_that_torch_writes(tmp_path):
     path = tmp_path / "training-state-000001.pt"
     checkpoint.save(path, STATE)
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None
-        comment = archive.comment
-    torch_wrote = path.read_bytes()[: -len(comment) - 2] + b"\0\0"
-    assert comment == b"sha256:" + hashlib.sha256(torch_wrote).hexdigest().encode()
+        assert all(entry.external_attr == 0 for entry in archive.infolist())
 
 
-def test_every_altered_byte_and_every_cut_is_noticed(tmp_path):
+def same(state, wanted):
+    """Whether two states of one tensor are equal."""
+    return (
+        state.keys() == wanted.keys() and state["w"].dtype == wanted["w"].dtype and torch.equal(state["w"], wanted["w"])
+    )
+
+
+def test_no_altered_bit_changes_what_is_loaded(tmp_path):
+    """The checksums cover what the entries hold. In the rest, torch.load refuses the file or reads the right values."""
+    path, wanted = tmp_path / "training-state-000001.pt", {"w": torch.arange(4)}
+    checkpoint.save(path, wanted)
+    whole = path.read_bytes()
+    refused = 0
+    for position in range(len(whole)):
+        content = bytearray(whole)
+        content[position] ^= 1 << position % 8
+        path.write_bytes(content)
+        try:
+            assert same(checkpoint.load(path), wanted), position
+        except checkpoint.CheckpointError as error:
+            refused += 1
+            assert str(error).startswith(f"{path} is ")
+    assert refused > len(whole) / 3
+
+
+def test_every_altered_bit_of_a_tensor_is_noticed(tmp_path):
+    path, values = tmp_path / "training-state-000001.pt", torch.arange(100, 104)
+    checkpoint.save(path, {"w": values})
+    whole = path.read_bytes()
+    start = whole.index(values.numpy().tobytes())
+    for bit in range(values.nbytes * 8):
+        path.write_bytes(whole)
+        flip(path, start + bit // 8, 1 << bit % 8)
+        with pytest.raises(checkpoint.CheckpointError, match=r"training-state-000001\.pt is damaged \(its checksum"):
+            checkpoint.load(path)
+
+
+def test_an_entry_that_is_marked_as_a_folder_is_noticed(tmp_path):
+    """The archive's directory has no checksum, and torch.load reads nothing of a folder."""
     path = tmp_path / "training-state-000001.pt"
     checkpoint.save(path, {"w": torch.arange(4)})
     whole = path.read_bytes()
-    checkpoint.check(path)
-    for position in range(0, len(whole), 7):
+    entries = [match.start() for match in re.finditer(b"PK\x01\x02", whole)]
+    assert len(entries) > 3
+    for entry in entries:
         path.write_bytes(whole)
-        flip(path, position)
-        with pytest.raises(checkpoint.CheckpointError, match=r"training-state-000001\.pt is damaged"):
-            checkpoint.check(path)
+        flip(path, entry + 38, 0x10)  # the external attributes
+        with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+            checkpoint.load(path)
+
+
+def test_every_cut_is_noticed(tmp_path):
+    path, wanted = tmp_path / "training-state-000001.pt", {"w": torch.arange(4)}
+    checkpoint.save(path, wanted)
+    whole = path.read_bytes()
     for size in (*range(0, len(whole), 11), len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(checkpoint.CheckpointError, match="damaged"):
             checkpoint.load(path)
     path.write_bytes(whole + b"x")
-    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
-        checkpoint.check(path)
+    assert same(checkpoint.load(path), wanted), "what comes after the archive is not read"
 
 
 def test_a_state_runs_no_code(tmp_path):
@@ -73,7 +116,6 @@ def test_a_state_runs_no_code(tmp_path):
 
     path = tmp_path / "training-state-000001.pt"
     checkpoint.save(path, {"x": Code()})
-    checkpoint.check(path)
     with pytest.raises(checkpoint.CheckpointError, match="is no training state"):
         checkpoint.load(path)
 
@@ -85,13 +127,13 @@ def test_the_newest_intact_state_is_found(tmp_path):
     said = []
     assert checkpoint.newest_intact(tmp_path, said.append).name == "training-state-1000001.pt" and not said
     (tmp_path / "training-state-1000001.pt").write_bytes(b"")
-    flip(tmp_path / "training-state-000010.pt", 300)
+    flip(tmp_path / "training-state-000010.pt", 65)
     assert checkpoint.newest_intact(tmp_path, said.append).name == "training-state-000009.pt"
     assert len(said) == 2
-    assert "training-state-1000001.pt is damaged (no checksum" in said[0]
+    assert "training-state-1000001.pt is damaged (it is no archive" in said[0]
     assert "training-state-000010.pt is damaged (its checksum differs); going back to training-state-000009" in said[1]
-    flip(tmp_path / "training-state-000009.pt", -1)
-    flip(tmp_path / "training-state-000008.pt", -1)
+    flip(tmp_path / "training-state-000009.pt", -22)  # of the mark by which the archive's directory is found
+    flip(tmp_path / "training-state-000008.pt", 0)
     with pytest.raises(checkpoint.CheckpointError, match="no training state in .* can be used"):
         checkpoint.newest_intact(tmp_path)
 
@@ -99,7 +141,7 @@ def test_the_newest_intact_state_is_found(tmp_path):
 def test_prune_keeps_the_newest(tmp_path):
     states(tmp_path, 9, 100, 10)
     checkpoint.prune(tmp_path, 2)
-    assert [path.name for path in checkpoint.in_folder(tmp_path)] == [
+    assert [path.name for path in RunFiles(tmp_path).states()] == [
         "training-state-000100.pt",
         "training-state-000010.pt",
     ]
@@ -140,14 +182,19 @@ def test_a_kill_in_the_middle_of_writing_leaves_the_old_state(tmp_path):
     checkpoint.save(path, {"kimg": 1})
     script = f"""
 import os, signal, torch
-from di_refine import checkpoint
-write = checkpoint._Hashed.write
-def die(self, data):
-    if self._file.tell() > 50_000:
-        self._file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return write(self, data)
-checkpoint._Hashed.write = die
+from di_refine.runs import checkpoint
+save = torch.save
+class Dying:
+    def __init__(self, file):
+        self.file = file
+    def write(self, data):
+        if self.file.tell() > 50_000:
+            self.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.file.write(data)
+    def flush(self):
+        self.file.flush()
+torch.save = lambda state, file: save(state, Dying(file))
 checkpoint.save({str(path)!r}, {{str(i): torch.zeros(10_000) for i in range(10)}})
 """
     result = subprocess.run([sys.executable, "-c", script], check=False, cwd=os.getcwd())

@@ -20,7 +20,9 @@ from PIL import Image
 from di_refine.errors import InputError, RunError
 from di_refine.files import datasets
 from di_refine.runs import checkpoint, stopping
-from di_refine.runs.loop import Loop, RunDirectory, Schedule, find_run_to_resume, measure, open_run
+from di_refine.runs.config import LoopConfig
+from di_refine.runs.directory import RunDirectory, find_run_to_resume, open_run
+from di_refine.runs.loop import Loop, measure
 from torch_utils import distributed, persistence
 
 
@@ -31,7 +33,7 @@ class CountingTrainer:
     """
 
     def __init__(self, bad_at=None, events=None):
-        self.nimg, self.bad_at, self.events = 0, bad_at, events or {}
+        self.nimg, self.bad_at, self.events, self.by_sigma = 0, bad_at, events or {}, {}
 
     def step(self):
         self.events.get(self.nimg, lambda: None)()
@@ -53,7 +55,9 @@ class CountingTrainer:
         self.nimg = state["nimg"]
 
 
-def make_loop(path, total=4000, tick=1000, snap=1, scores=None, trainer=None, run=None, higher=False, **arguments):
+def make_loop(
+    path, total=4000, tick=1000, snap=1, scores=None, trainer=None, run=None, higher=False, warmup=0, **settings
+):
     """A loop whose metric runs through `scores`, or is a function of them and the images seen."""
     run = run or RunDirectory.create(path, "test", {"a": 1})
     trainer = trainer or CountingTrainer()
@@ -61,11 +65,12 @@ def make_loop(path, total=4000, tick=1000, snap=1, scores=None, trainer=None, ru
     return Loop(
         run,
         trainer,
-        Schedule(total, tick, snap, **arguments),
+        LoopConfig(kimg=total / 1000, tick=tick / 1000, snap=snap, **settings),
         networks=lambda: {"G_ema": None, "training_set_kwargs": {"nimg": trainer.nimg}},
         evaluate=lambda: {"fd": values(trainer.nimg) if callable(values) else next(values)},
         higher_is_better=higher,
         status={"loss": "loss"},
+        warmup=warmup,
     )
 
 
@@ -159,7 +164,7 @@ def test_the_newest_and_the_best_stay(tmp_path):
 
 
 def test_every_tick_leaves_a_state_also_between_snapshots(tmp_path):
-    loop = make_loop(tmp_path, total=5000, snap=3, quiet=2000, scores=[5, 4, 3], trainer=CountingTrainer(bad_at=2500))
+    loop = make_loop(tmp_path, total=5000, snap=3, warmup=2000, scores=[5, 4, 3], trainer=CountingTrainer(bad_at=2500))
     with pytest.raises(RunError):
         loop()
     assert names(loop.run, "*.pt") == ["training-state-000001.pt", "training-state-000002.pt"]
@@ -185,7 +190,7 @@ def test_snapshots_every_so_many_ticks_and_at_the_end(tmp_path):
 
 
 def test_nothing_is_measured_while_nothing_changes(tmp_path):
-    loop = make_loop(tmp_path, total=5000, quiet=2000, scores=[5, 4, 3, 2])
+    loop = make_loop(tmp_path, total=5000, warmup=2000, scores=[5, 4, 3, 2])
     loop()
     assert [record["kimg"] for record in stats(loop.run) if "fd" in record] == [0, 3, 4, 5]
     assert loop.train_images == 3000
@@ -307,7 +312,7 @@ def test_measuring_is_given_up_for_a_signal_and_done_again(tmp_path):
 
 
 def test_stop_by_the_clock_saves(tmp_path):
-    loop = make_loop(tmp_path, total=10**9, tick=10**9, max_seconds=0.05, scores=[5, 4])
+    loop = make_loop(tmp_path, total=10**9, tick=10**9, max_minutes=0.05 / 60, scores=[5, 4])
     loop()
     assert 0 < loop.last.nimg < 10**9 and loop.last.path.is_file()
     assert loop.stopped == "max_minutes" and loop.exit_status == 0
@@ -316,7 +321,7 @@ def test_stop_by_the_clock_saves(tmp_path):
 @pytest.mark.parametrize("jump", [1e6, -1e6])
 def test_a_jump_of_the_clock_does_not_matter(tmp_path, monkeypatch, jump):
     real = time.time
-    loop = make_loop(tmp_path, scores=falling, max_seconds=100)
+    loop = make_loop(tmp_path, scores=falling, max_minutes=100 / 60)
     loop.trainer.events[2000] = lambda: monkeypatch.setattr(time, "time", lambda: real() + jump)
     loop()
     assert loop.stopped is None and loop.trainer.nimg == 4000
@@ -464,15 +469,43 @@ def test_a_broken_state_is_named(tmp_path):
         with pytest.raises(InputError, match=r"training-state-000001\.pt is damaged"):
             loop.resume(state)
     checkpoint.save(state, {"trainer": {"nimg": 4}})
-    with pytest.raises(InputError, match=r"--resume: .*training-state-000001\.pt cannot be continued from"):
+    with pytest.raises(InputError, match=r"resume=.*training-state-000001\.pt cannot be continued from"):
         loop.resume(state)
+
+
+def test_a_state_of_another_layout_is_refused_in_one_sentence(tmp_path):
+    """Such as one that holds names of files."""
+    loop = make_loop(tmp_path, total=1000, scores=[5, 4])
+    loop()
+    path = loop.run.newest_state()
+    state = checkpoint.load(path)
+    state["loop"]["files"] = ["network-snapshot-000001.pkl", "../../elsewhere.pkl"]
+    checkpoint.save(path, state)
+    with pytest.raises(InputError, match=r"^resume=.*000001\.pt cannot be continued from: another version .* new run$"):
+        again(loop, scores=[5])
+
+
+def test_a_state_holds_no_names_of_files(tmp_path):
+    loop = make_loop(tmp_path, scores=falling)
+    loop()
+
+    def texts(value):
+        if isinstance(value, dict):
+            return set(value) | {text for item in value.values() for text in texts(item)}
+        return (
+            {text for item in value for text in texts(item)}
+            if isinstance(value, (list, tuple))
+            else ({value} if isinstance(value, str) else set())
+        )
+
+    assert not [text for text in texts(checkpoint.load(loop.run.newest_state())) if "." in text or "/" in text]
 
 
 def test_what_cannot_be_resumed(tmp_path):
     run = RunDirectory.create(tmp_path, "empty", {})
-    with pytest.raises(InputError, match="no training-state"):
+    with pytest.raises(InputError, match="resume=.*empty has no training state; name"):
         find_run_to_resume(run.path)
-    with pytest.raises(InputError, match="not a run directory"):
+    with pytest.raises(InputError, match="resume=.*nowhere is neither a run directory nor a training state"):
         find_run_to_resume(tmp_path / "nowhere")
 
 
@@ -550,7 +583,7 @@ def stop_and_go_on(outdir):
     """Rank 1 alone gets a signal; then all start again. The ranks do not agree on the metric."""
     rank = distributed.rank()
     for number in (signal.SIGTERM, None):
-        run, state = open_run(outdir, "auto", "test", {"command": "test"})
+        run, state = open_run(outdir, "auto", "test", {"command": "test"}, frozenset())
         events = {2400: send(number)} if rank == 1 and number else {}
         trainer = CountingTrainer(events=events)
         loop = make_loop(None, run=run, scores=lambda nimg: nimg + distributed.rank(), trainer=trainer)

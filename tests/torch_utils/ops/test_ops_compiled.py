@@ -19,7 +19,7 @@ SCHEMA_OPS = ("bias_act", "bias_act_grad", "bias_act_grad2", "upfirdn2d")
 
 @pytest.fixture
 def device(compiled_form):
-    """The device of the tensors; every compiled form runs every test."""
+    """Run every test in every compiled form; the value is the device of the tensors."""
     return compiled_form
 
 
@@ -31,7 +31,7 @@ def grads(op, x, b, dy):
 
 
 def compare(op, x, b, what):
-    """Value and derivatives of op(x, b) against the PyTorch form in float64, which gets the same rounded operands."""
+    """Compare op(x, b) and its derivatives with the PyTorch form in float64, which gets the same rounded operands."""
     with torch.no_grad():
         shape = op(x, b).shape
     dy = torch.randn(shape, device=x.device).to(x.dtype)
@@ -126,7 +126,7 @@ def test_third_derivative(device, act):
 
 
 def sample_calls(device):
-    """Operands of every registered operator, as opcheck takes them."""
+    """Return operands of every registered operator, as opcheck takes them."""
     x, b = (torch.randn(s, device=device, requires_grad=True) for s in ([2, 4, 6, 6], [4]))
     v, ref = (torch.randn(2, 4, 6, 6, device=device, requires_grad=True) for _ in range(2))
     f = upfirdn2d.setup_filter([1, 3, 3, 1], device=device)

@@ -1,6 +1,6 @@
 // The operators as PyTorch knows them: tensors to pointers, and derivatives of any order.
 //
-// Their schemas and shapes without data are in _compiled.py. This file is built twice, for CPU and with DI_REFINE_CUDA.
+// Their schemas and shapes without data are in compiled.py. This file is built twice, for CPU and with DI_REFINE_CUDA.
 
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>

@@ -11,7 +11,7 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def calls(device: torch.device | str) -> Iterator[tuple[str, Callable]]:
-    """Names and functions `op(x, b, impl)` that reach every kernel; x is [2, 16, h, w], b its bias."""
+    """Yield names and functions `op(x, b, impl)` that reach every kernel; x is [2, 16, h, w], b its bias."""
     filters = {
         "4x4": upfirdn2d.setup_filter([1, 3, 3, 1], device=device),
         "3x2": upfirdn2d.setup_filter([[1, 2], [3, 1], [0, 1]], device=device),
@@ -32,7 +32,7 @@ def run(device: torch.device | str) -> list[tuple[str, float]]:
         What was compared, and the largest difference relative to the largest value.
 
     Raises:
-        ArithmeticError: naming the first call that differs by more than its dtype's rounding explains.
+        ArithmeticError: a call, which the message names, differs by more than the rounding of its dtype explains.
     """
     results = []
     generator = torch.Generator().manual_seed(0)

@@ -1,13 +1,13 @@
-"""The compiled operators as PyTorch sees them: schemas, and the shapes of results without data.
+"""What PyTorch has to know of the compiled operators: their schemas, and the shapes of results without data.
 
 Importing this module declares the operators of the namespace `di_refine`; what computes them (on CPU or CUDA, with
-derivatives of any order) comes with the library that `torch_utils.ops._build` makes from `csrc/`.
+derivatives of any order) comes with the library that `torch_utils.ops.building` makes from `csrc/`.
 """
 
 import torch
 
-from torch_utils.ops import bias_act as bias_act_face
-from torch_utils.ops import upfirdn2d as upfirdn2d_face
+from torch_utils.ops.bias_act import activation_funcs
+from torch_utils.ops.upfirdn2d import filter_size
 
 _SETTINGS = "int dim, int act, float alpha, float gain, float clamp"
 _SCHEMAS = {
@@ -19,16 +19,16 @@ _SCHEMAS = {
 for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"di_refine::{_name}", _schema, tags=torch.Tag.pt2_compliant_tag)
 
-_ACTIVATIONS = {name: index for index, name in enumerate(bias_act_face.activation_funcs)}
+_ACTIVATIONS = {name: index for index, name in enumerate(activation_funcs)}
 
 
 def bias_act(x, b, dim, act, alpha, gain, clamp):
-    """`torch_utils.ops.bias_act.bias_act` with every argument resolved."""
+    """Compute what `torch_utils.ops.bias_act.bias_act` does; here every argument has a value."""
     return torch.ops.di_refine.bias_act(x, b, dim, _ACTIVATIONS[act], alpha, gain, -1.0 if clamp is None else clamp)
 
 
 def upfirdn2d(x, f, up, down, padding, flip_filter, gain):
-    """`torch_utils.ops.upfirdn2d.upfirdn2d` with every argument resolved."""
+    """Compute what `torch_utils.ops.upfirdn2d.upfirdn2d` does; here every argument has a value."""
     return torch.ops.di_refine.upfirdn2d(x, f, up, down, padding, flip_filter, gain)
 
 
@@ -49,7 +49,7 @@ def _(v, dy, ref, b, dim, act, alpha, gain, clamp):
 
 @torch.library.register_fake("di_refine::upfirdn2d")
 def _(x, f, up, down, padding, flip, gain):
-    fw, fh = upfirdn2d_face.filter_size(f)
+    fw, fh = filter_size(f)
     width = (x.shape[3] * up[0] + padding[0] + padding[1] - fw) // down[0] + 1
     height = (x.shape[2] * up[1] + padding[2] + padding[3] - fh) // down[1] + 1
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

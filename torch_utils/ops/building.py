@@ -1,8 +1,8 @@
-"""Building the compiled operators: once per machine, PyTorch and GPU architecture, into the user's cache folder.
+"""Builds the compiled operators once per machine, PyTorch and GPU architecture, into the user's cache folder.
 
-A library's folder is named after a digest of everything that shapes it, so nothing there is ever out of date and forks
-do not meet. It is built in a private folder by another process, tried out there, and moved into place in one step;
-processes that start together wait for the first one's.
+A library's folder is named after a digest of everything that it depends on, so that no library is ever out of date and
+different versions of the sources do not share one. Another process builds it in a private folder and tries it out
+there; then it is moved into place in one step. Of processes that start together, one builds and the others wait.
 """
 
 import contextlib
@@ -37,19 +37,19 @@ NAME = "di_refine_ops"
 
 NOT_BUILT = "the compiled operators have not been built"
 TIMEOUT = 900  # seconds after which a build is taken to hang
-HEARTBEAT = 5  # seconds between the signs of life of a process that builds
-STALE = 60  # seconds without one after which its lock no longer counts
+TOUCH_SECONDS = 5  # a process that builds touches its lock file this often
+STALE = 60  # seconds after which a lock file that nobody has touched no longer counts
 
 
 class BuildError(RuntimeError):
-    """One line: why the operators cannot be built, and what to do."""
+    """The operators cannot be built; the message says in one line why, and what to do."""
 
 
 def existing(device_type: str) -> Path:
-    """The library of a device type, if it has been built.
+    """Return the path of the library of a device type.
 
     Raises:
-        BuildError: it has not.
+        BuildError: it has not been built.
     """
     path = folder(device_type) / f"{NAME}.so"
     if not path.exists():
@@ -58,10 +58,10 @@ def existing(device_type: str) -> Path:
 
 
 def ensure(device_type: str) -> Path:
-    """The library of a device type, built first where it is not there.
+    """Return the path of the library of a device type, which is built first where it is not there.
 
     Raises:
-        BuildError: with the reason and the remedy.
+        BuildError: it cannot be built; the message has the reason and the remedy.
     """
     target = folder(device_type)
     if not (target / f"{NAME}.so").exists():
@@ -86,12 +86,12 @@ def ensure(device_type: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept: ops/ in $DI_REFINE_CACHE, else in ~/.cache/di-refine."""
+    """Return the folder of all libraries: ops/ in $DI_REFINE_CACHE, else in ~/.cache/di-refine."""
     return Path(os.environ.get("DI_REFINE_CACHE") or Path.home() / ".cache" / "di-refine").expanduser() / "ops"
 
 
 def folder(device_type: str) -> Path:
-    """The folder of a device type's library; its name changes with everything the library depends on."""
+    """Return the folder of a device type's library; its name changes with everything the library depends on."""
     digest = hashlib.sha256()
     for path in sorted(CSRC.iterdir()):
         digest.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
@@ -102,7 +102,7 @@ def folder(device_type: str) -> Path:
 
 @functools.cache
 def architectures(device_type: str) -> tuple[str, ...]:
-    """What a library is built for: compute capabilities as '9.0', or the CPU's instruction set."""
+    """Return what a library is built for: compute capabilities such as '9.0', or the CPU's instruction set."""
     if device_type == "cuda":
         if not torch.cuda.is_available():
             return ()
@@ -116,23 +116,26 @@ def architectures(device_type: str) -> tuple[str, ...]:
 
 
 def compiler() -> str | None:
-    """The C++ compiler that PyTorch's build helper takes."""
+    """Return the path of the C++ compiler that PyTorch's build helper takes, or None."""
     return shutil.which(os.environ.get("CXX") or "c++")
 
 
 def cuda_home() -> Path | None:
-    """The CUDA toolkit: $CUDA_HOME, $CUDA_PATH, the nvcc on the PATH, /usr/local/cuda; with compiler and headers."""
+    """Return the folder of a CUDA toolkit with compiler and headers, or None.
+
+    It is looked for in $CUDA_HOME, in $CUDA_PATH, around the nvcc on the PATH, and in /usr/local/cuda.
+    """
     nvcc = shutil.which("nvcc")
-    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parent.parent]
-    for place in filter(None, [*places, "/usr/local/cuda"]):
-        place = Path(place)
-        if (place / "bin" / "nvcc").exists() and (place / "include" / "cuda_runtime.h").exists():
+    around_nvcc = str(Path(nvcc).resolve().parent.parent) if nvcc else None
+    for name in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), around_nvcc, "/usr/local/cuda"):
+        place = Path(name) if name else None
+        if place and (place / "bin" / "nvcc").exists() and (place / "include" / "cuda_runtime.h").exists():
             return place
     return None
 
 
 def missing_tool(device_type: str) -> str | None:
-    """What a build lacks and the remedy, or None."""
+    """Return what is missing for a build, with the remedy, or None."""
     if device_type == "cuda":
         if torch.version.cuda is None:
             return f"this PyTorch ({torch.__version__}) has no CUDA; install a CUDA build of it"
@@ -154,16 +157,19 @@ def missing_tool(device_type: str) -> str | None:
 
 
 def nvcc_version() -> str:
-    """As '13.0', or the output that could not be read."""
+    """Return the version of nvcc as '13.0', or its output where there is no version in it."""
+    home = cuda_home()
+    if home is None:
+        return "no CUDA toolkit"
     try:
-        text = subprocess.run([cuda_home() / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+        text = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
     except OSError as error:
         return str(error)
     return text.partition("release ")[2].partition(",")[0] or text.strip()
 
 
 def ninja_folder() -> str | None:
-    """The folder of ninja, which a virtual environment that is not activated has beside its Python."""
+    """Return the folder of ninja, which a virtual environment that is not activated has beside its Python, or None."""
     beside_python = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     found = shutil.which("ninja", path=beside_python)
     return found and os.path.dirname(found)
@@ -171,9 +177,16 @@ def ninja_folder() -> str | None:
 
 @contextlib.contextmanager
 def turn(lock: Path, done: Callable[[], bool]) -> Iterator[bool]:
-    """Hold a lock file, or wait until its holder is done or dead; yields whether it is held.
+    """Hold a lock file, or wait until its holder is done or dead.
 
     The lock only saves work: two holders would each build in a folder of their own.
+
+    Args:
+        lock: path of the file, which is made and removed here.
+        done: returns whether the work is done, by whomever.
+
+    Yields:
+        Whether the lock is held; False where the work is done already.
     """
     while True:
         try:
@@ -191,12 +204,12 @@ def turn(lock: Path, done: Callable[[], bool]) -> Iterator[bool]:
         file.write(f"{os.getpid()} {socket.gethostname()}")
     over = threading.Event()
 
-    def beat():
-        while not over.wait(HEARTBEAT):
+    def keep_touching():
+        while not over.wait(TOUCH_SECONDS):
             with contextlib.suppress(OSError):
                 os.utime(lock)
 
-    threading.Thread(target=beat, daemon=True).start()
+    threading.Thread(target=keep_touching, daemon=True).start()
     try:
         yield True
     finally:
@@ -205,7 +218,7 @@ def turn(lock: Path, done: Callable[[], bool]) -> Iterator[bool]:
 
 
 def is_stale(lock: Path) -> bool:
-    """Whether the holder of a lock file is dead (on this host), or has been silent for too long (anywhere)."""
+    """Return whether the holder of a lock file is dead, or, on another host, has not touched it for too long."""
     try:
         age = time.time() - lock.stat().st_mtime
         pid, _, host = lock.read_text().partition(" ")
@@ -225,12 +238,12 @@ def is_stale(lock: Path) -> bool:
 
 
 def failure_log(target: Path) -> Path:
-    """The log of a build that failed."""
+    """Return the path for the log of a build that failed."""
     return target.with_name(f"{target.name}.failed.log")
 
 
 def _build(device_type: str, target: Path) -> None:
-    """Build and try the library in a private folder, then move that folder to `target`."""
+    """Build and test the library in a private folder, then move that folder to `target`."""
     for old in target.parent.glob(".build-*"):
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > 2 * TIMEOUT:
@@ -244,11 +257,11 @@ def _build(device_type: str, target: Path) -> None:
     log = private / "build.log"
     root = str(Path(__file__).parents[2])
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
-    environment["PATH"] = os.pathsep.join([ninja_folder(), os.environ.get("PATH", "")])
+    environment["PATH"] = os.pathsep.join(filter(None, [ninja_folder(), os.environ.get("PATH")]))
     environment["DI_REFINE_OPS"] = "auto"
     if device_type == "cuda":
         environment |= {"CUDA_HOME": str(cuda_home()), "TORCH_CUDA_ARCH_LIST": ";".join(architectures("cuda"))}
-    command = [sys.executable, "-m", "torch_utils.ops._build", device_type, str(private)]
+    command = [sys.executable, "-m", "torch_utils.ops.building", device_type, str(private)]
     try:
         with open(log, "w") as file:
             try:
@@ -271,16 +284,16 @@ def _build(device_type: str, target: Path) -> None:
 
 def _failure(device_type: str, log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"\berror: |Error: ", line)] or lines[-1:] or ["it said nothing"]
-    return f"the {device_type.upper()} operators do not build: {telling[0][:200]}; the whole story is in {log}"
+    errors = [line for line in lines if re.search(r"\berror: |Error: ", line)] or lines[-1:] or ["it printed nothing"]
+    return f"the {device_type.upper()} operators do not build: {errors[0][:200]}; all of its output is in {log}"
 
 
 def _compile(device_type: str, directory: str) -> None:
-    """In the building process: compile, link, load, and compare with the PyTorch form."""
+    """Compile, link, load, and compare with the PyTorch form; this runs in the process that builds."""
     from torch.utils import cpp_extension
 
     from torch_utils import custom_ops
-    from torch_utils.ops import _compiled, _selftest  # noqa: F401  declares what the library implements
+    from torch_utils.ops import compiled, selftest  # noqa: F401  declares what the library implements
 
     cpp_extension.load(
         NAME,
@@ -294,7 +307,7 @@ def _compile(device_type: str, directory: str) -> None:
     )
     torch.set_num_threads(1)  # small tensors, and the other cores may be busy training
     custom_ops.mark_loaded(device_type)
-    print(f"self-test: {len(_selftest.run(device_type))} comparisons passed", flush=True)
+    print(f"self-test: {len(selftest.run(device_type))} comparisons passed", flush=True)
 
 
 if __name__ == "__main__":

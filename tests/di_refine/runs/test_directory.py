@@ -12,25 +12,27 @@ import pytest
 
 from di_refine.errors import InputError
 from di_refine.runs import checkpoint
-from di_refine.runs.directory import RunDirectory
-from di_refine.runs.loop import open_run
+from di_refine.runs.config import LoopConfig, RunConfig
+from di_refine.runs.directory import RunDirectory, open_run
+from torch_utils.settings import may_change
 
-OPTIONS = {"command": "edm", "kimg": 36, "lr": 1e-3, "seed": 0, "outdir": "runs", "mult": (1, 2)}
+OPTIONS = {"command": "edm", "kimg": 36, "lr": 1e-3, "seed": 0, "outdir": "runs", "mult": (1, 2), "data": None}
+MAY_CHANGE = may_change(LoopConfig, RunConfig) | {"lr"}
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def start(outdir, kimg=None, description="toy", **changes):
     """A run directory as a finished process leaves it."""
-    run, state = open_run(outdir, None, description, {**OPTIONS, **changes})
+    run, state = open_run(outdir, None, description, {**OPTIONS, **changes}, MAY_CHANGE)
     assert state is None
     if kimg:
-        checkpoint.save(checkpoint.path_of(run.path, kimg * 1000), {})
+        checkpoint.save(run.files.state(kimg * 1000), {})
     run.close()
     return run.path
 
 
 def opened(*arguments, **changes):
-    run, state = open_run(*arguments, "toy", {**OPTIONS, **changes})
+    run, state = open_run(*arguments, "toy", {**OPTIONS, **changes}, MAY_CHANGE)
     run.close()
     return run.path, state and state.name
 
@@ -55,7 +57,7 @@ def test_auto_continues_the_newest_run_that_fits(tmp_path):
     start(tmp_path, 4, command="stylegan2")
     (tmp_path / "00009-toy").mkdir()  # killed before it wrote its options
     assert opened(tmp_path, "auto") == (tmp_path / "00001-toy", "training-state-000002.pt")
-    run, state = open_run(tmp_path, "auto", "third", OPTIONS)
+    run, state = open_run(tmp_path, "auto", "third", OPTIONS, MAY_CHANGE)
     assert (run.path.name, state) == ("00010-third", None)
 
 
@@ -64,7 +66,7 @@ def test_a_run_or_a_state_can_be_named(tmp_path):
     checkpoint.save(path / "training-state-000001.pt", {})
     assert opened("elsewhere", path) == (path, "training-state-000003.pt")
     assert opened("elsewhere", path / "training-state-000001.pt") == (path, "training-state-000001.pt")
-    for wrong, words in [(tmp_path / "nowhere", "not a run directory"), (start(tmp_path), "no training-state")]:
+    for wrong, words in [(tmp_path / "nowhere", "neither a run directory"), (start(tmp_path), "has no training state")]:
         with pytest.raises(InputError, match=words):
             opened("elsewhere", wrong)
 
@@ -83,8 +85,9 @@ def test_changed_options_are_listed_and_recorded(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"seed": 1, "kimg": 72}, "--seed was 0 when .* and is 1 now; give the old value"),
-        ({"mult": (1, 2, 2)}, r"--mult was \[1, 2\]"),
+        ({"seed": 1, "kimg": 72}, "was started with seed=0 and cannot be continued with seed=1; give the old value"),
+        ({"mult": (1, 2, 2)}, r"with mult=\[1, 2\] and cannot be continued with mult=\[1, 2, 2\]"),
+        ({"data": "photos.zip"}, "was started without `data` and cannot be continued with data=photos.zip; give"),
         ({"command": "stylegan2"}, "is a run of 'edm' and cannot be continued by 'stylegan2'"),
     ],
 )
@@ -103,15 +106,18 @@ def test_a_damaged_state_is_said_and_passed_over(tmp_path, capsys):
     checkpoint.save(path / "training-state-000002.pt", {})
     (path / "training-state-000002.pt").write_bytes(b"cut short")
     assert opened(path, None) == (path, "training-state-000001.pt")
-    said = "training-state-000002.pt is damaged (no checksum at its end); going back to training-state-000001.pt"
-    assert said in capsys.readouterr().err and said in (path / "log.txt").read_text()
+    said = (
+        "training-state-000002.pt is damaged (it is no archive, or one that was cut short or altered); going back to "
+    )
+    assert f"{said}training-state-000001.pt" in capsys.readouterr().err and said in (path / "log.txt").read_text()
 
 
 def test_one_process_at_a_time(tmp_path):
     path = start(tmp_path, 1)
     script = f"""
 import sys, time
-from di_refine.rundir import RunDirectory
+from di_refine.runs.config import LoopConfig, RunConfig
+from di_refine.runs.directory import RunDirectory, open_run
 run = RunDirectory({str(path)!r})
 run.lock()
 print("locked", flush=True)
@@ -120,7 +126,7 @@ time.sleep(60)
     other = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(InputError, match=f"{path} is in use"):
+        with pytest.raises(InputError, match=f"{path} is in use: .*, or name another `outdir`"):
             opened(path, None)
     finally:
         other.send_signal(signal.SIGKILL)
@@ -163,7 +169,7 @@ def test_rewind_repairs_the_logs(tmp_path):
     run = RunDirectory(path)
     run.rewind(2000)
     run.log("next")
-    run.append("stats.jsonl", {"kimg": 3.0, "loss": float("nan"), "by_sigma": [1.0, float("inf")]})
+    run.append_stats({"kimg": 3.0, "loss": float("nan"), "by_sigma": [1.0, float("inf")]})
     assert [record["kimg"] for record in lines(stats)] == [0, 1.5, 2.0, 3.0]
     assert lines(stats)[-1] == {"kimg": 3.0, "loss": None, "by_sigma": [1.0, None]}
     assert [record["snapshot_pkl"] for record in lines(metric)] == [None, "network-snapshot-000002.pkl"]
@@ -177,10 +183,10 @@ def test_rewind_repairs_the_logs(tmp_path):
 
 def test_a_line_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
     run = RunDirectory(start(tmp_path))
-    run.append("stats.jsonl", {"kimg": 0})
+    run.append_stats({"kimg": 0})
     write = os.write
     monkeypatch.setattr("os.write", lambda handle, data: write(handle, data[:5]))
     with pytest.raises(RuntimeError, match=r"stats\.jsonl could not be written \(No space left on device\)"):
-        run.append("stats.jsonl", {"kimg": 1})
+        run.append_stats({"kimg": 1})
     monkeypatch.undo()
     assert lines(run.path / "stats.jsonl") == [{"kimg": 0}]

@@ -1,4 +1,4 @@
-"""`python -m torch_utils.custom_ops`: can the operators be compiled here, are they right, and what do they gain?"""
+"""`python -m torch_utils.custom_ops` tells whether the operators compile here, are right, and what they gain."""
 
 import argparse
 import os
@@ -11,34 +11,34 @@ from collections.abc import Callable
 import torch
 
 from torch_utils import custom_ops
-from torch_utils.ops import _build, _selftest, bias_act, upfirdn2d
+from torch_utils.ops import bias_act, building, selftest, upfirdn2d
 
 
 def main() -> None:
-    """Build what can be built, test it, time it, and say all of that on stdout. Exit status 1 if something is wrong."""
+    """Build what can be built, test it, time it, and print all of that. The exit status is 1 if something is wrong."""
     parser = argparse.ArgumentParser(prog="python -m torch_utils.custom_ops", description=main.__doc__)
-    parser.add_argument("--no-build", action="store_true", help="only look at what is there")
+    parser.add_argument("--no-build", action="store_true", help="Test and time only what has been built already.")
     arguments = parser.parse_args()
     _report_tools()
     kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     healthy = [_examine(kind, build=not arguments.no_build) for kind in kinds]
     if "cuda" not in kinds:
-        print(f"\nCUDA operators: not looked at ({_build.missing_tool('cuda')})")
+        print(f"\nCUDA operators: not looked at ({building.missing_tool('cuda')})")
     sys.exit(0 if all(healthy) else 1)
 
 
 def _report_tools() -> None:
     cuda = torch.version.cuda or "none"
-    home, compiler = _build.cuda_home(), _build.compiler()
+    home, compiler = building.cuda_home(), building.compiler()
     facts = {
         "Python": platform.python_version(),
         "PyTorch": f"{torch.__version__} (its CUDA: {cuda})",
         "GPUs": ", ".join(_gpus()) or "none",
         "C++ compiler": compiler and f"{compiler}: {_first_line(compiler, '--version')}",
-        "ninja": _build.ninja_folder(),
-        "CUDA toolkit": home and f"{home}: nvcc {_build.nvcc_version()}",
+        "ninja": building.ninja_folder(),
+        "CUDA toolkit": home and f"{home}: nvcc {building.nvcc_version()}",
         "mode": custom_ops.mode() + (" (DI_REFINE_OPS)" if "DI_REFINE_OPS" in os.environ else ""),
-        "kept in": _build.cache_folder(),
+        "kept in": building.cache_folder(),
     }
     for name, value in facts.items():
         print(f"{name + ':':14}{value or 'not found'}")
@@ -48,7 +48,7 @@ def _gpus() -> list[str]:
     if not torch.cuda.is_available():
         return []
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return [f"{name} (sm_{version.replace('.', '')})" for name, version in zip(names, _build.architectures("cuda"))]
+    return [f"{name} (sm_{version.replace('.', '')})" for name, version in zip(names, building.architectures("cuda"))]
 
 
 def _first_line(*command: str) -> str:
@@ -59,9 +59,9 @@ def _first_line(*command: str) -> str:
 
 
 def _examine(kind: str, build: bool) -> bool:
-    """Report on the operators of one device type; returns whether all is well."""
+    """Print a report on the operators of one device type; return whether nothing is wrong with them."""
     print(f"\n{kind.upper()} operators")
-    built = (_build.folder(kind) / f"{_build.NAME}.so").exists()
+    built = (building.folder(kind) / f"{building.NAME}.so").exists()
     if not build and not built:
         print("  not built")
         return True
@@ -72,9 +72,9 @@ def _examine(kind: str, build: bool) -> bool:
         print(f"  {error}")
         return False
     action = "loaded" if built else "built and loaded"
-    print(f"  {action} in {time.perf_counter() - start:.1f} s: {_build.folder(kind)}")
+    print(f"  {action} in {time.perf_counter() - start:.1f} s: {building.folder(kind)}")
     try:
-        results = _selftest.run(kind)
+        results = selftest.run(kind)
     except ArithmeticError as error:
         print(f"  self-test FAILED: {error}")
         return False

@@ -1,0 +1,122 @@
+"""The way from a trainer to a trained network in a run directory, which all commands that train go."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from di_refine.generators import NetworkSampler
+from di_refine.metrics.config import MeasureConfig
+from di_refine.metrics.evaluate import Evaluator
+from di_refine.runs.config import LoopConfig, RunConfig
+from di_refine.runs.directory import RunDirectory, open_run
+from di_refine.runs.loop import Loop, Trainable, measure
+from torch_utils import distributed
+from torch_utils.settings import Settings, declared, may_change
+
+FACTS = frozenset(["network_file", "teacher_files", "data_file", "sources", "torch", "device"])
+"""What `training_options.json` records besides settings, and what may be otherwise when a run is continued."""
+
+
+def recorded(*parts: Settings) -> dict[str, Any]:
+    """The settings of dataclasses by name, for `training_options.json`."""
+    return {item.name: getattr(part, item.name) for part in parts for item in declared(type(part))}
+
+
+def make_evaluator(
+    names: str | None, recommended: list[str], reference: Any, config: MeasureConfig, device: Any, workers: int = 2
+) -> Evaluator | None:
+    """The metrics that a setting names, with all that they need; None for none.
+
+    Args:
+        names: separated by commas; None takes the recommended ones, 'none' takes none.
+        recommended: such as those of the registry.
+        reference: what they compare with, see `Evaluator`.
+        config: its `detector` counts.
+        device: where feature networks run.
+        workers: threads that decode a data set.
+
+    Raises:
+        InputError: as `Evaluator`.
+    """
+    wanted = recommended if names is None else [] if names in ("none", "") else names.split(",")
+    if not wanted:
+        return None
+    several = distributed.world_size() > 1
+    return Evaluator(wanted, reference, config.detector, device, workers=workers, distributed=several)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A trainer and what is done around its steps.
+
+    Attributes:
+        trainer: what is trained.
+        loop, run: when the loop does what, and where.
+        settings: the dataclasses whose settings the run has; it may be continued with other values of some.
+        description: the part after the number in the run directory's name.
+        record: what `training_options.json` says.
+        networks: returns what a snapshot's file holds.
+        sampler: returns a sampler over the present average.
+        picture: writes a picture of samples to a path.
+        status: name in the trainer's statistics -> short name, for the status lines.
+        evaluator: measures at snapshots; None measures nothing.
+        seed: of the measurements.
+        warmup: images at the start during which nothing visible changes.
+        data_wait: returns the seconds that the trainer has waited for data.
+    """
+
+    trainer: Trainable
+    loop: LoopConfig
+    run: RunConfig
+    settings: tuple[type[Settings], ...]
+    description: str
+    record: Mapping[str, Any]
+    networks: Callable[[], dict[str, Any]]
+    sampler: Callable[[], NetworkSampler]
+    picture: Callable[[Path], None]
+    status: dict[str, str]
+    evaluator: Evaluator | None
+    seed: int
+    warmup: int = 0
+    data_wait: Callable[[], float] | None = None
+
+    def open(self) -> tuple[RunDirectory, Path | None]:
+        """The run directory, locked, and the training state to continue from, if there is one.
+
+        Raises:
+            InputError: as `runs.directory.open_run`.
+        """
+        changeable = may_change(*self.settings) | FACTS
+        return open_run(self.run.outdir, self.run.resume, self.description, dict(self.record), changeable)
+
+    def train(self, directory: RunDirectory, state: Path | None) -> Loop:
+        """Train to the end, or until a reason to stop comes up; returns the loop with its snapshots.
+
+        Raises:
+            InputError: the state is damaged, or of other networks.
+            RunError, NotFiniteError: as `Loop`.
+        """
+
+        def evaluate(evaluator: Evaluator) -> dict[str, float]:
+            # The untouched network and every later average see the same latents, labels and noise.
+            snapshot = directory.files.snapshot(self.trainer.nimg).name if self.trainer.nimg else None
+            return measure(evaluator, self.sampler(), self.seed, directory, snapshot)
+
+        loop = Loop(
+            directory,
+            self.trainer,
+            self.loop,
+            networks=self.networks,
+            evaluate=None if self.evaluator is None else partial(evaluate, self.evaluator),
+            higher_is_better=self.evaluator is not None and self.evaluator.specs[0].higher_is_better,
+            picture=self.picture,
+            status=self.status,
+            data_wait=self.data_wait,
+            warmup=self.warmup,
+        )
+        if state is not None:
+            loop.resume(state)
+        loop()
+        return loop

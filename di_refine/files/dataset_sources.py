@@ -1,0 +1,232 @@
+"""Images to be converted into a data set: where they are read from, and what is done to each."""
+
+import os
+import pickle
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from di_refine.errors import InputError
+from di_refine.files.datasets import ImageFiles
+
+CIFAR_MEMBERS = [f"cifar-10-batches-py/data_batch_{number}" for number in range(1, 6)]
+CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+@dataclass
+class Source:
+    """Images that are to be converted.
+
+    Attributes:
+        origin: where they come from, for the record; no absolute paths, which would differ between machines.
+        names: names of the images, for messages.
+        read: gives image number i of `names`; called from several threads.
+        labels: class number or label vector of each image, or None.
+        classes: what the class numbers mean, where that is known.
+    """
+
+    origin: str
+    names: Sequence[str]
+    read: Callable[[int], Image.Image]
+    labels: list[Any] | None = None
+    classes: list[str] | None = None
+
+    def subset(self, chosen: list[int]) -> "Source":
+        """Return only the images with these numbers."""
+        labels = None if self.labels is None else [self.labels[index] for index in chosen]
+        names = [self.names[index] for index in chosen]
+        return Source(self.origin, names, lambda index: self.read(chosen[index]), labels, self.classes)
+
+    @property
+    def num_classes(self) -> int:
+        """The largest class number plus one, the length of label vectors, or 0 without labels."""
+        if not self.labels:
+            return 0
+        return len(self.labels[0]) if isinstance(self.labels[0], list) else max(self.labels) + 1
+
+
+def open_source(source: str, labels: str) -> Source:
+    """Open what the setting `source` names.
+
+    Args:
+        source: a path, or the word digits.
+        labels: 'auto', 'folder', 'json' or 'none'.
+
+    Raises:
+        InputError: naming the setting or file, when the source is not there, not understood, or has no such labels.
+    """
+    is_archive = source.lower().endswith((".tar.gz", ".tgz"))
+    if source == "digits" or is_archive:
+        if labels in ("folder", "json"):
+            raise InputError(f"labels={labels} does not apply to source={source}, whose classes are part of it")
+        opened = cifar_source(Path(source)) if is_archive else digits_source()
+        if labels == "none":
+            opened.labels = opened.classes = None
+        return opened
+    return files_source(ImageFiles(source, "source"), labels)
+
+
+def digits_source() -> Source:
+    """Open scikit-learn's 1,797 handwritten digits, 8x8, with their values 0..16 stretched to 0..255.
+
+    Raises:
+        InputError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise InputError("source=digits needs scikit-learn; install it with: pip install scikit-learn") from None
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    names = [f"digits[{index}]" for index in range(len(pixels))]
+    classes = [str(digit) for digit in range(10)]
+    return Source("digits", names, lambda index: Image.fromarray(pixels[index]), digits.target.tolist(), classes)
+
+
+def cifar_source(path: Path) -> Source:
+    """Open the 50,000 training images of CIFAR-10 in its Python archive, in the archive's order.
+
+    The archive is full of pickles, which `_ArrayUnpickler` reads without running anything from them.
+
+    Raises:
+        InputError: the file is missing, another one, or damaged.
+    """
+    if not path.is_file():
+        raise InputError(f"source={path} does not exist")
+    pixels, labels = [], []
+    try:
+        with tarfile.open(path) as archive:
+            for member in CIFAR_MEMBERS:
+                file = archive.extractfile(member)
+                if file is None:
+                    raise ValueError(f"{member} is not a file")
+                batch = _ArrayUnpickler(file, encoding="bytes").load()
+                data, numbers = batch[b"data"], batch[b"labels"]
+                well_formed = (
+                    isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.shape == (len(numbers), 3072)
+                )
+                if not well_formed or not all(type(number) is int and 0 <= number < 10 for number in numbers):
+                    raise ValueError(f"{member} holds something else than 32x32 RGB images of ten classes")
+                pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+                labels += numbers
+    except (
+        tarfile.TarError,
+        pickle.UnpicklingError,
+        zlib.error,
+        EOFError,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+    ) as error:
+        raise InputError(f"source={path} is not the CIFAR-10 Python archive, or is damaged ({error})") from None
+    images = np.concatenate(pixels)
+    names = [f"{CIFAR_MEMBERS[index // 10_000]}[{index % 10_000}]" for index in range(len(images))]
+    return Source(path.name, names, lambda index: Image.fromarray(images[index]), labels, CIFAR_CLASSES)
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads plain Python values and numpy arrays, and refuses every other global."""
+
+    _reconstruct = np.empty(0).__reduce__()[0]
+    ALLOWED = {
+        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"its pickle asks for {module}.{name}, which no array needs")
+        return self.ALLOWED[module, name]
+
+
+def files_source(files: ImageFiles, labels: str) -> Source:
+    """Open the images of a folder or zip file, in the order of their names.
+
+    Raises:
+        InputError: there are no images, or not the labels that are asked for.
+    """
+    names = files.image_names
+    if not names:
+        raise InputError(f"source={files.path} holds no images")
+    source = Source(files.path.resolve().name, names, lambda index: files.image(names[index]))
+    if labels == "json" or (labels == "auto" and "dataset.json" in files.names):
+        by_name = files.labels()
+        if by_name is not None:
+            source.labels = [by_name[name] for name in names]
+        elif labels == "json":
+            raise InputError(f"labels=json: {files.path} has no labels in a dataset.json")
+    elif labels in ("folder", "auto"):
+        folders = class_folders(names)
+        if folders is not None and (labels == "folder" or not all(re.fullmatch(r"\d{5}", f) for f in folders)):
+            source.classes = sorted(set(folders))
+            number = {folder: index for index, folder in enumerate(source.classes)}
+            source.labels = [number[folder] for folder in folders]
+        elif labels == "folder":
+            raise InputError(f"labels=folder: the images of {files.path} are not sorted into two or more folders")
+    return source
+
+
+def class_folders(names: Sequence[str]) -> list[str] | None:
+    """Return the folder of each image at the first level where their paths part, or None if some image is in none."""
+    parts = [PurePosixPath(name).parts for name in names]
+    depth = len(os.path.commonprefix([path[:-1] for path in parts]))
+    if any(len(path) < depth + 2 for path in parts):
+        return None
+    return [path[depth] for path in parts]
+
+
+def check_colour(image: Image.Image, name: str, colour: str) -> Image.Image:
+    """Return the image as 8-bit greyscale or RGB.
+
+    Args:
+        image: any Pillow image.
+        name: for messages.
+        colour: 'keep', 'grey' or 'rgb'.
+
+    Raises:
+        InputError: when it has another mode and is to be kept, or more than 8 bits per channel.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise InputError(
+            f"image {name} has more than 8 bits per channel (Pillow mode {image.mode}); convert it to 8 bits"
+        )
+    if colour == "keep":
+        if image.mode not in ("L", "RGB"):
+            raise InputError(
+                f"image {name} has Pillow mode {image.mode}; convert it with dataset_tool.py --grey or --rgb"
+            )
+        return image
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert({"grey": "L", "rgb": "RGB"}[colour])
+
+
+def fit(image: Image.Image, name: str, size: int | None, transform: str, resize_filter: str) -> Image.Image:
+    """Crop and resize an image to a square.
+
+    Raises:
+        InputError: when it is not square and not to be cropped.
+    """
+    width, height = image.size
+    if width != height:
+        if transform != "center-crop":
+            raise InputError(f"image {name} is {width}x{height}, not square; use transform=center-crop")
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+    if size is not None and image.width != size:
+        image = image.resize((size, size), Image.Resampling[resize_filter.upper()])
+    return image

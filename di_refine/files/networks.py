@@ -1,0 +1,75 @@
+"""Network files: what kind of network a pickle holds, and which of its networks is the one to use."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from di_refine.edm.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
+from di_refine.errors import InputError
+from stylegan2_ada.networks import Generator
+from torch_utils import persistence
+
+STYLEGAN2, EDM, DISTILLED = "stylegan2", "edm", "distilled"
+"""Kinds of network files: a StyleGAN2 generator, an EDM diffusion model, and one that was distilled to few steps."""
+
+NAMES = {
+    STYLEGAN2: "a StyleGAN2 generator",
+    EDM: "an EDM diffusion model",
+    DISTILLED: "a generator that was distilled from a diffusion model, so it is no diffusion model any more",
+}
+DENOISERS = (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)
+
+
+@dataclass(frozen=True)
+class NetworkFile:
+    """A pickle that was read.
+
+    Attributes:
+        path: where it was read from.
+        kind: `STYLEGAN2`, `EDM` or `DISTILLED`.
+        average: the averaged network, a module, which is the one to use.
+        networks: all that the file holds, by its keys.
+        sigmas: the noise levels of a distilled generator, one per step; None for other kinds.
+    """
+
+    path: Path
+    kind: str
+    average: Any
+    networks: dict[str, Any]
+    sigmas: list[float] | None = None
+
+    def require(self, kind: str, setting: str) -> "NetworkFile":
+        """This file, if it is of a kind.
+
+        Raises:
+            InputError: naming the setting that the file was given for, when it is of another kind.
+        """
+        if self.kind != kind:
+            raise InputError(f"{setting}={self.path} is {NAMES[self.kind]}, and {NAMES[kind]} is needed")
+        return self
+
+
+def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
+    """Read a pickle.
+
+    Args:
+        path: a local file.
+        setting: what the file was given for, for messages.
+
+    Raises:
+        InputError: naming the setting and the file, when it is no network file or holds neither kind of network.
+    """
+    try:
+        networks = persistence.load(path)
+    except persistence.NetworkFormatError as error:
+        raise InputError(f"`{setting}`: {error}") from None
+    average = networks.get("G_ema")
+    if isinstance(average, Generator):
+        return NetworkFile(Path(path), STYLEGAN2, average, networks)
+    # Some tools call the average of a diffusion model G_ema, as StyleGAN2 does.
+    average = networks.get("ema", average)
+    if isinstance(average, DENOISERS):
+        sigmas = networks.get("distilled_sigmas")
+        return NetworkFile(Path(path), EDM if sigmas is None else DISTILLED, average, networks, sigmas)
+    raise InputError(f"`{setting}`: {path} holds neither a StyleGAN2 generator (G_ema) nor an EDM network (ema)")

@@ -1,0 +1,185 @@
+"""Images drawn from a diffusion teacher and kept as a data set in the cache folder.
+
+A data-free run needs them where it learns a density ratio: noised teacher samples are one side of it. They are drawn
+once by `python -m di_refine sample-teacher`, and `cached_samples` finds them again.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+
+from di_refine import terminal
+from di_refine.errors import InputError, RunError
+from di_refine.files import registry
+from di_refine.files.dataset_writer import Picture, map_in_order, new_folders, project_version, write_archive
+from di_refine.files.datasets import ImageDataset
+from di_refine.files.download import sha256_of
+from di_refine.files.pictures import to_uint8
+from torch_utils.misc import derive_seed, open_atomic
+
+LAYOUT = 1  # to be raised when samples come to be drawn in another way
+
+
+class SeededSampler(Protocol):
+    """A network whose images and classes are functions of seeds, such as `di_refine.generators.NetworkSampler`.
+
+    Attributes:
+        device: where it runs.
+        label_dim: number of classes; 0 for an unconditional network.
+        chunk: images per forward pass.
+    """
+
+    device: torch.device
+    label_dim: int
+    chunk: int
+
+    def labels(self, seeds: list[int]) -> torch.Tensor:
+        """Return one-hot labels `[len(seeds), label_dim]`."""
+        ...
+
+    def images(self, seeds: list[int], labels: torch.Tensor) -> torch.Tensor:
+        """Return images `[len(seeds), C, R, R]` in [-1, 1]."""
+        ...
+
+
+def class_probs(text: str | None, classes: int) -> np.ndarray | None:
+    """Return what the setting `class_freq` means for a network: `[classes]` with sum 1, or None for equal frequencies.
+
+    Args:
+        text: 'uniform' or None, numbers separated by commas, or a labelled data set (path, URL or name).
+        classes: number of classes of the network.
+
+    Raises:
+        InputError: the frequencies do not fit.
+    """
+    if text is None or text == "uniform":
+        return None
+    if not classes:
+        raise InputError(f"class_freq={text}: the network has no classes")
+    try:
+        freq = np.array([float(number) for number in text.split(",")])
+    except ValueError:
+        path = registry.resolve(text, setting="class_freq", kind="dataset")
+        freq = ImageDataset(path, setting="class_freq").class_frequencies()
+    if len(freq) != classes:
+        raise InputError(
+            f"class_freq={text} must give {classes} frequencies, one per class of the network, not {len(freq)}"
+        )
+    if not np.isfinite(freq).all() or (freq < 0).any() or freq.sum() <= 0:
+        raise InputError(f"class_freq={text}: frequencies must not be negative, and one must be positive")
+    return freq / freq.sum()
+
+
+def sample_settings(path: Path, num: int, steps: int, seed: int, probs: np.ndarray | None) -> dict[str, Any]:
+    """Return everything that samples depend on; two files with the same settings hold the same images.
+
+    Args:
+        path: the teacher's file.
+        num: number of images.
+        steps: steps of the sampler.
+        seed: seed of latents and classes.
+        probs: class frequencies as `class_probs` returns them.
+    """
+    return {
+        "layout": LAYOUT,
+        "teacher_sha256": sha256_of(path),
+        "images": num,
+        "steps": steps,
+        "seed": seed,
+        "class_freq": None if probs is None else probs.tolist(),
+    }
+
+
+def cached_path(teacher_path: str | os.PathLike, settings: dict[str, Any]) -> Path:
+    """Return where samples are kept: the teacher's name, a hash of its file, and one of the settings."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return _folder() / f"{Path(teacher_path).stem}-{settings['teacher_sha256'][:12]}-{digest[:8]}.zip"
+
+
+def cached_samples(teacher_path: str | os.PathLike) -> Path | None:
+    """Return the kept samples of a teacher that were drawn, or asked for, last; None where there are none.
+
+    Args:
+        teacher_path: the teacher's file. Its content counts, not its name.
+    """
+    found = _folder().glob(f"*-{sha256_of(teacher_path)[:12]}-*.zip")
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
+
+
+def is_made(path: Path, settings: dict[str, Any]) -> bool:
+    """Return whether a file holds the samples of these settings; one that does not is reported on stderr."""
+    if not path.exists():
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = json.loads(archive.read("dataset.json"))["conversion"]
+        if all(record[name] == value for name, value in settings.items()):
+            return True
+    except (zipfile.BadZipFile, OSError, ValueError, KeyError, TypeError):
+        pass
+    print(f"note: {path} is damaged or something else and is made anew", file=sys.stderr)
+    return False
+
+
+def sample(sampler: SeededSampler, dest: Path, num: int, seed: int, settings: dict[str, Any]) -> None:
+    """Draw `num` images into a zip file, which appears whole or not at all.
+
+    Image i depends on the seed and i alone.
+
+    Args:
+        sampler: the teacher.
+        dest: the file to write; its folder may have to be created.
+        num: number of images.
+        seed: seed of latents and classes.
+        settings: what `sample_settings` returns for these images; kept in the file.
+
+    Raises:
+        RunError: an image is not finite.
+        OSError: for instance, the disk is full.
+    """
+    labels: list[Any] = []
+    record = {**settings, "source": "diffusion model", "tool": project_version(), "torch": torch.__version__}
+    record["device"] = sampler.device.type
+    with new_folders(dest.parent), open_atomic(dest) as file, terminal.progress(num, "sampling", "img") as bar:
+        drawn = _draw(sampler, num, seed, labels, bar)
+        pictures = map_in_order(_encode, drawn, ahead=sampler.chunk)
+        write_archive(file, pictures, labels if sampler.label_dim else None, record)
+
+
+def _draw(
+    sampler: SeededSampler, num: int, seed: int, labels: list[Any], bar: terminal.progress
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Give number and pixels [C, H, W] of each image; fill `labels`."""
+    for start in range(0, num, sampler.chunk):
+        indices = range(start, min(start + sampler.chunk, num))
+        seeds = [derive_seed(seed, index) for index in indices]
+        one_hot = sampler.labels(seeds)
+        images = sampler.images(seeds, one_hot)
+        if not torch.isfinite(images).all():
+            raise RunError(f"the teacher's images are not finite, at images {start} to {indices[-1]}; check its file")
+        if sampler.label_dim:
+            labels += one_hot.argmax(dim=1).tolist()
+        yield from zip(indices, to_uint8(images).cpu().numpy())
+        bar.update(len(indices))
+    if labels and max(labels) < sampler.label_dim - 1:
+        # Readers take the largest class number for the last class. Where that was not drawn, vectors tell.
+        labels[:] = np.eye(sampler.label_dim)[labels].tolist()
+
+
+def _encode(numbered: tuple[int, np.ndarray]) -> Picture:
+    index, pixels = numbered
+    image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    return Picture.encode(image, f"number {index}")
+
+
+def _folder() -> Path:
+    return registry.cache_folder() / "teacher-samples"

@@ -1,0 +1,81 @@
+"""The networks and the trainer of a StyleGAN2-ADA (Karras et al. 2020, arXiv 2006.06676)."""
+
+from typing import Any
+
+import torch
+
+from di_refine.errors import InputError
+from di_refine.pretraining.config import GanConfig
+from stylegan2_ada.adversarial import AdaController, AdversarialTrainer, Data
+from stylegan2_ada.augment import PRESETS, AugmentPipe
+from stylegan2_ada.config import AdversarialConfig
+from stylegan2_ada.networks import Discriminator, Generator
+from torch_utils import distributed, misc
+
+
+def check(sizes: GanConfig, config: AdversarialConfig, resolution: int) -> None:
+    """Check settings and images, before anything is built.
+
+    Raises:
+        InputError: the images have a size that StyleGAN2 does not make, or the settings do not fit each other.
+    """
+    if resolution & (resolution - 1) or resolution < 8:
+        raise InputError(f"`data`: StyleGAN2 needs a power of two from 8 on, the images are {resolution} pixels wide")
+    micro = distributed.micro_batch(config.batch, config.batch_gpu)
+    if micro % min(sizes.mbstd_group, micro):
+        raise InputError(
+            f"mbstd_group={sizes.mbstd_group} does not divide the {micro} images of a forward pass; use a divisor"
+        )
+
+
+def build(
+    sizes: GanConfig,
+    config: AdversarialConfig,
+    resolution: int,
+    channels: int,
+    label_dim: int,
+    data: Data,
+    device: torch.device,
+) -> AdversarialTrainer:
+    """A trainer of untrained networks.
+
+    Args:
+        sizes: of the networks.
+        config: how they are trained.
+        resolution, channels, label_dim: of the images.
+        data: the images.
+        device: where to train.
+
+    Raises:
+        InputError: as `check`.
+    """
+    check(sizes, config, resolution)
+    torch.manual_seed(misc.derive_seed(config.seed, "weights"))
+    image = {"img_resolution": resolution, "img_channels": channels}
+    shared = {
+        "channel_base": sizes.channel_base,
+        "channel_max": sizes.channel_max,
+        "num_fp16_res": sizes.fp16_res,
+        "conv_clamp": 256 if sizes.fp16_res else None,
+    }
+    G = Generator(
+        z_dim=sizes.z_dim,
+        c_dim=label_dim,
+        w_dim=sizes.z_dim,
+        **image,
+        mapping_kwargs={"num_layers": sizes.mapping_layers},
+        synthesis_kwargs={**shared, "architecture": sizes.g_arch},
+    )
+    D = Discriminator(
+        c_dim=label_dim,
+        **image,
+        architecture=sizes.d_arch,
+        **shared,
+        epilogue_kwargs={"mbstd_group_size": sizes.mbstd_group},
+    )
+    pipe = ada = None
+    if sizes.augment != "none":
+        families: dict[str, Any] = {**PRESETS[sizes.augment]}
+        pipe = AugmentPipe(**families).to(device)
+        ada = AdaController(target=sizes.target, kimg=sizes.ada_kimg)
+    return AdversarialTrainer(G.to(device), D.to(device), pipe, ada, config, data=data)
