@@ -98,7 +98,11 @@ def test_the_same_command_continues_a_run_directory(tmp_path, data):
     assert report(longer)["kimg"] == 0.02 and report(longer)["run_dir"] == run_dir
     listed = longer.stderr.splitlines()[:3]
     assert sorted(listed) == ["keep: 2 -> 3", "kimg: 0.012 -> 0.02", "lr: 0.0025 -> 0.001"]
-    for option, words in [("--seed=1", "--seed was 0"), ("--z-dim=9", "--z-dim was 8"), ("--gamma=1", "--gamma was")]:
+    for option, words in [
+        ("--seed=1", "with --seed=0"),
+        ("--z-dim=9", "with --z-dim=8"),
+        ("--gamma=1", "with --gamma="),
+    ]:
         refused = pretrain(GAN, data, run_dir, option)
         assert refused.exit_code == 2 and words in refused.stderr, refused.stderr
     other = pretrain(TEACHER, data, run_dir)
