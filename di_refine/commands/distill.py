@@ -41,7 +41,7 @@ def main(context, dry_run, device, **values):
     which go before the preset's. --dry-run shows what results, and from where.
     """
     # PyTorch is imported here and not above, so that --help is quick.
-    from di_refine.commands import job
+    from di_refine.commands import job, teaching
     from di_refine.files import registry
     from torch_utils import distributed
 
@@ -51,7 +51,7 @@ def main(context, dry_run, device, **values):
     values, sources = resolve(context, values, entry.get("distill", {}))
     with distributed.process_group(cli.pick_device(device)) as place:
         work = job.build(subject(make(DistillConfig, values), values["teacher"]), values, sources, place)
-        return job.dry_run(work) if dry_run else job.run(work)
+        return teaching.dry_run(work) if dry_run else teaching.run(work)
 
 
 def subject(config: DistillConfig, teachers: tuple[str, ...]) -> Subject:

@@ -1,40 +1,32 @@
-"""What `refine.py` and `distill.py` have in common: from options to a checked job, and from that to a trained network.
-
-`build` loads and checks everything, before anything runs or is written. `dry_run` prints what `run` would do.
-"""
+"""What `refine.py` and `distill.py` have in common: from options to a job, in which all is loaded and checked."""
 
 import copy
-import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
 
-from di_refine import denoisers, terminal
+from di_refine import denoisers
 from di_refine.bridge import Bridge
-from di_refine.commands import cli, report
+from di_refine.commands import cli
 from di_refine.commands.config import TeachConfig
 from di_refine.commands.options import make
-from di_refine.commands.training import Session, make_evaluator, recorded
+from di_refine.commands.training import make_evaluator, recorded
 from di_refine.config import TrainerConfig
 from di_refine.critic import Critic
 from di_refine.edm.augment import AugmentPipe
 from di_refine.errors import InputError
-from di_refine.files import pictures, registry, teacher_samples
+from di_refine.files import registry, teacher_samples
 from di_refine.files.datasets import ImageDataset, Stream
 from di_refine.files.networks import NetworkFile
 from di_refine.generators import DiffusionSampler, GeneratorSampler
 from di_refine.metrics.config import MeasureConfig
 from di_refine.metrics.evaluate import Evaluator
-from di_refine.runs import memory
 from di_refine.runs.config import LoopConfig, RunConfig
 from di_refine.trainer import Trainer
-from torch_utils import distributed
 from torch_utils.settings import Settings
 
 
@@ -295,77 +287,3 @@ def _image(net: Any) -> tuple[int, int]:
 
 def _count(net: torch.nn.Module) -> int:
     return sum(p.numel() for p in net.parameters())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Running
-
-
-def dry_run(job: Job) -> int:
-    """Print the record, readably and as the JSON result, with the memory and files that a run needs."""
-    if not distributed.is_first():
-        return 0
-    trainer, _ = make_trainer(job)
-    needs: dict[str, float] = {f"{name}_gib": memory.gib(size) for name, size in memory.tensor_sizes(trainer).items()}
-    parts = ", ".join(f"{name.removesuffix('_gib')} {size:g} GiB" for name, size in needs.items())
-    click.echo(f"memory per device, besides activations: {parts}", err=True)
-    ticks = math.ceil(job.loop.kimg / job.loop.tick)
-    # The newest, the best snapshot, and the one that is written before an old one goes.
-    counts = {
-        "network-snapshot": min(job.loop.keep + 2, math.ceil(ticks / job.loop.snap)),
-        "training-state": min(job.loop.keep + 1, ticks),
-    }
-    files = {}
-    for name, size in memory.file_sizes(trainer, job.subject.snapshot(trainer)).items():
-        files[name] = {"at_most": counts[name], "gib_each": memory.gib(size)}
-        click.echo(f"files: at most {counts[name]} {name} of {memory.gib(size):g} GiB each", err=True)
-    needs["trained_parameters"] = memory.trained_parameters(trainer)
-    record = {**job.record(), "memory": needs, "files": files}
-    click.echo(json.dumps(record, indent=2), err=True)
-    terminal.print_result(record)
-    return 0
-
-
-def run(job: Job) -> int:
-    """Train, measure, write, print the table and the JSON result; returns the exit status.
-
-    Progress goes to stderr. Of several processes all call it, and the first speaks.
-    """
-    notes = [f"warning: {warning}" for warning in (job.evaluator.warnings if job.evaluator else ())]
-    if job.trainer.batch_gpu == "auto":
-        share = distributed.share(job.trainer.batch)
-        images, how = memory.choose(lambda n: make_trainer(job, n)[0], share.stop - share.start, job.device)
-        job = replace(
-            job,
-            trainer=replace(job.trainer, batch_gpu=images),
-            sources={**job.sources, "batch_gpu": "auto"},
-        )
-        notes.insert(0, f"--batch-gpu=auto: {images} images per forward pass ({how})")
-    trainer, stream = make_trainer(job)
-    subject = job.subject
-    scale = max(1, 32 // subject.file.average.img_resolution)
-    session = Session(
-        trainer=trainer,
-        loop=job.loop,
-        run=job.run,
-        settings=tuple(type(part) for part in job.settings),
-        description=job.run.desc or f"{subject.file.path.stem}-{job.trainer.objective}-batch{job.trainer.batch}",
-        record=job.record(),
-        networks=lambda: subject.snapshot(trainer),
-        sampler=lambda: job.sampler(trainer.ema.net),
-        picture=lambda path: pictures.save_grid(
-            path, report.class_grid(job.sampler(trainer.ema.net, "const")), columns=10, scale=scale
-        ),
-        status={"score_loss": "score", "score_gap": "|Dp-Dq|", "ratio_loss": "ratio", "generator_grad_norm": "|g|"},
-        evaluator=job.evaluator,
-        seed=job.trainer.seed,
-        warmup=job.trainer.warmup_nimg,
-        data_wait=None if stream is None else lambda: stream.seconds,
-    )
-    directory, state = session.open()
-    directory.log(f"run directory: {directory.path}")
-    for note in notes:
-        directory.log(note)
-    loop = session.train(directory, state)
-    report.finish(job, loop, trainer.ema.net, directory)
-    return loop.exit_status

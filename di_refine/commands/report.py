@@ -1,22 +1,18 @@
 """What `refine.py` and `distill.py` say at the end: a table of original, result and teacher, and a picture of both."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from di_refine import terminal
+from di_refine.commands.job import Job
 from di_refine.files import networks, pictures
 from di_refine.generators import NetworkSampler
 from di_refine.metrics.evaluate import Evaluator
 from di_refine.runs.directory import RunDirectory
 from di_refine.runs.loop import Loop, Snapshot, measure
 from torch_utils import distributed
-
-if TYPE_CHECKING:
-    from di_refine.commands.job import Job
 
 COLUMNS = 10
 """Of the picture that compares before and after; they are classes where there are any."""
