@@ -43,11 +43,11 @@ def side_by_side(stage: Stage, titles: dict[str, str], path: Path, rows: int = 6
         if name == "data":
             panels.append((title, _real_images(stage, rows)))
             continue
-        sampler = _sampler(stage, name)
+        sampler = _sampler(stage, name, noise_mode="const")
         columns = max(sampler.label_dim, 1)
         seeds = list(range(rows * columns))
         labels = torch.eye(sampler.label_dim)[torch.arange(columns).repeat(rows)] if sampler.label_dim else None
-        panels.append((title, pictures.to_uint8(sampler.images(seeds, labels, noise_mode="const"))))
+        panels.append((title, pictures.to_uint8(sampler.images(seeds, labels))))
     columns = len(panels[-1][1]) // rows
     pictures.save_side_by_side(path, panels, columns=columns)
 
@@ -99,9 +99,9 @@ def device_facts(name: str, smoke: bool) -> dict[str, Any]:
     return {**facts, "device": torch.cuda.get_device_name(device), "bf16_tflops": rate, "bf16_text": text}
 
 
-def _sampler(stage: Stage, name: str) -> NetworkSampler:
-    device = cli.pick_device(stage.device)
-    return load_sampler(stage.network(name, "the other stages"), steps=2 if stage.smoke else 18, device=device)
+def _sampler(stage: Stage, name: str, noise_mode: str = "random") -> NetworkSampler:
+    path, device = stage.network(name, "the other stages"), cli.pick_device(stage.device)
+    return load_sampler(path, steps=2 if stage.smoke else 18, device=device, noise_mode=noise_mode)
 
 
 def _real_images(stage: Stage, rows: int) -> torch.Tensor:

@@ -4,19 +4,24 @@ import hashlib
 from types import SimpleNamespace
 
 import pytest
-from di_refine_http import CONTENT, reset, running
 
-from di_refine.files import download, registry
+# What downloads is imported inside the fixtures: a machine that is lent for its GPU may lack it, and runs other tests.
 
 
 @pytest.fixture(scope="session")
 def running_server():
+    from di_refine_http import running
+
     with running() as server:
         yield server
 
 
 @pytest.fixture
 def server(running_server, monkeypatch):
+    from di_refine_http import reset
+
+    from di_refine.files import download
+
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "DI_REFINE_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -36,6 +41,10 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def small_registry(tmp_path, monkeypatch, server):
     """A registry of a shipped file, a missing one, and downloads from the test's server."""
+    from di_refine_http import CONTENT
+
+    from di_refine.files import registry
+
     shipped = tmp_path / "pretrained"
     shipped.mkdir()
     (shipped / "gan.pkl").write_bytes(b"gan")

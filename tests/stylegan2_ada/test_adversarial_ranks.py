@@ -57,11 +57,11 @@ def train_and_save(folder):
     steps(trainer, 1)
     torch.save(trainer.state_dict(), f"{folder}/{size}-{rank}-resumed.pt")
     last = rank == size - 1
-    with pytest.raises(DistributedError, match=rf"rank {size - 1} .* GAN's settings: g_lr is 0.5 there and 0.1 here"):
-        steps(make(g_lr=0.5 if last else 0.1), 1)
+    with pytest.raises(DistributedError, match=rf"rank {size - 1} .* GAN's settings: lr is 0.5 there and 0.1 here"):
+        steps(make(lr=0.5 if last else 0.1), 1)
     with pytest.raises(DistributedError, match=rf"rank {size - 1} .* GAN's training state: G\.\S+ differs \(and"):
         steps(make(seed=int(last)), 1)
-    with pytest.raises(ValueError, match="change batch_gpu"):
+    with pytest.raises(ValueError, match="batch=12 is not a multiple of batch_gpu=5"):
         steps(make(batch_gpu=5), 1)
 
 
