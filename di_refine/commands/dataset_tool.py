@@ -1,6 +1,7 @@
 """The command `dataset_tool.py`, which converts images into a data set."""
 
 import re
+import sys
 
 import click
 
@@ -97,6 +98,9 @@ def main(source, dest, resolution, transform, resize_filter, max_images, labels,
         first = write_archive(
             file, map_in_order(convert, range(total)), images.labels, record, images.classes, bar.update
         )
+    notes = images.notes()
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     terminal.print_result(
         {
             "dest": dest,
@@ -104,6 +108,7 @@ def main(source, dest, resolution, transform, resize_filter, max_images, labels,
             "resolution": first.size[0],
             "channels": 1 if first.mode == "L" else 3,
             "classes": images.num_classes,
+            "notes": notes,
             "sha256": sha256_of(dest),
         }
     )

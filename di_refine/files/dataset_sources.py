@@ -6,7 +6,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +18,7 @@ from di_refine.files.datasets import ImageFiles
 
 CIFAR_MEMBERS = [f"cifar-10-batches-py/data_batch_{number}" for number in range(1, 6)]
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+COLOURS = ("L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")  # modes that Pillow can turn into RGB
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Source:
         read: gives image number i of `names`; called from several threads.
         labels: class number or label vector of each image, or None.
         classes: what the class numbers mean, where that is known.
+        notes: gives sentences about the images that were read so far.
     """
 
     origin: str
@@ -37,12 +39,13 @@ class Source:
     read: Callable[[int], Image.Image]
     labels: list[Any] | None = None
     classes: list[str] | None = None
+    notes: Callable[[], list[str]] = list
 
     def subset(self, chosen: list[int]) -> "Source":
         """Return only the images with these numbers."""
         labels = None if self.labels is None else [self.labels[index] for index in chosen]
         names = [self.names[index] for index in chosen]
-        return Source(self.origin, names, lambda index: self.read(chosen[index]), labels, self.classes)
+        return replace(self, names=names, read=lambda index: self.read(chosen[index]), labels=labels)
 
     @property
     def num_classes(self) -> int:
@@ -160,7 +163,7 @@ def files_source(files: ImageFiles, labels: str) -> Source:
     names = files.image_names
     if not names:
         raise InputError(f"source={files.path} holds no images")
-    source = Source(files.path.resolve().name, names, lambda index: files.image(names[index]))
+    source = Source(files.path.resolve().name, names, lambda index: files.image(names[index]), notes=files.notes)
     if labels == "json" or (labels == "auto" and "dataset.json" in files.names):
         by_name = files.labels()
         if by_name is not None:
@@ -196,19 +199,17 @@ def check_colour(image: Image.Image, name: str, colour: str) -> Image.Image:
         colour: 'keep', 'grey' or 'rgb'.
 
     Raises:
-        InputError: when it has another mode and is to be kept, or more than 8 bits per channel.
+        InputError: when it has another mode and is to be kept, or numbers that are no colours.
     """
-    if image.mode.startswith(("I", "F")):
-        raise InputError(
-            f"image {name} has more than 8 bits per channel (Pillow mode {image.mode}); convert it to 8 bits"
-        )
+    if image.mode not in COLOURS:
+        raise InputError(f"image {name} has Pillow mode {image.mode}, which is no colour; convert it to 8-bit RGB")
     if colour == "keep":
         if image.mode not in ("L", "RGB"):
             raise InputError(
                 f"image {name} has Pillow mode {image.mode}; convert it with dataset_tool.py --grey or --rgb"
             )
         return image
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert({"grey": "L", "rgb": "RGB"}[colour])

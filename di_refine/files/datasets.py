@@ -9,10 +9,10 @@ A label is a class number or a list of numbers; `"labels": null` means there are
 
 import copy
 import hashlib
-import io
 import json
 import os
 import signal
+import sys
 import threading
 import time
 import zipfile
@@ -26,6 +26,7 @@ import torch
 from PIL import Image
 
 from di_refine.errors import InputError
+from di_refine.files import decoding
 from torch_utils import distributed
 from torch_utils.misc import derive_seed
 
@@ -43,12 +44,16 @@ class ImageFiles:
         path: the folder or zip file.
         setting: the name of the setting that holds it, for messages.
 
+    Attributes:
+        remarks: what was met in images that were read (see `decoding`), with the names of the images.
+
     Raises:
         InputError: the path does not exist or is neither a folder nor a zip file.
     """
 
     def __init__(self, path: str | os.PathLike, setting: str = "data"):
         self.path = Path(path)
+        self.remarks: dict[str, set[str]] = {}
         self._archive: zipfile.ZipFile | None = None
         self._lock = threading.Lock()
         self._owner = 0
@@ -79,7 +84,7 @@ class ImageFiles:
             raise InputError(f"{self.path}: cannot read {name} ({_reason(error)})") from None
 
     def image(self, name: str) -> Image.Image:
-        """Decode one image.
+        """Decode one image, upright.
 
         Raises:
             InputError: the image is damaged or no image at all; the message names it.
@@ -87,27 +92,40 @@ class ImageFiles:
         try:
             with self._lock, self.open(name) as file:  # ZipFile counts its open members without a lock
                 content = file.read()
-            image = Image.open(io.BytesIO(content))
-            image.load()
-            return image
+            image, remarks = decoding.decode(content)
         except InputError:
             raise
         except Exception as error:  # Pillow and zipfile raise a dozen unrelated types for damaged data
             raise InputError(f"{self.path}: image {name} is damaged or not an image ({_reason(error)})") from None
+        self._remember(name, remarks)
+        return image
 
     def header(self, name: str) -> tuple[tuple[int, int], str]:
-        """Return (width, height) and Pillow mode of one image, without decoding its pixels.
+        """Return (width, height) and Pillow mode of what `image` gives, without decoding it where the header tells.
 
         Raises:
             InputError: as `image` does.
         """
         try:
-            with self.open(name) as file, Image.open(file) as image:
-                return image.size, image.mode
+            with self.open(name) as file:
+                size, mode, remarks = decoding.header(file)
         except InputError:
             raise
         except Exception as error:
             raise InputError(f"{self.path}: image {name} is damaged or not an image ({_reason(error)})") from None
+        self._remember(name, remarks)
+        return size, mode
+
+    def _remember(self, name: str, remarks: set[str]) -> None:
+        for remark in remarks:
+            self.remarks.setdefault(remark, set()).add(name)
+
+    def notes(self) -> list[str]:
+        """Return a sentence about each way in which images that were read so far are more than plain pixels."""
+        return [
+            f"{len(names)} image{'s' * (len(names) > 1)} {remark} (such as {min(names)})"
+            for remark, names in sorted(self.remarks.items())
+        ]
 
     def labels(self) -> dict[str, int | list[float]] | None:
         """Return the labels in `dataset.json` by image name, or None where there are none.
@@ -167,6 +185,9 @@ class ImageDataset:
             raise InputError(f"{setting}={path} holds no images (looked for {', '.join(EXTENSIONS)})")
         self.resolution, self.num_channels = self._check_headers()
         self._labels = self._read_labels()
+        if distributed.is_first():
+            for note in self.files.notes():
+                print(f"note: {self.path}: {note}", file=sys.stderr)
         #: Number of classes (largest class number plus one) or length of the label vectors; 0 without labels.
         self.label_dim = int(self._labels.max()) + 1 if self._labels.ndim == 1 else self._labels.shape[1]
 
@@ -314,9 +335,10 @@ class ImageDataset:
     def content_hash(self) -> str:
         """Return the SHA-256 of all that images and labels depend on: names, files, labels and `mirror`.
 
+        It changes with the rules by which pictures are read, too.
         A zip file and a folder with the same content have the same hash.
         """
-        digest = hashlib.sha256(f"mirror={self.mirror};".encode())
+        digest = hashlib.sha256(f"reading={decoding.VERSION};mirror={self.mirror};".encode())
         digest.update(self._labels.tobytes())
         for name in self._names:
             with self.files.open(name) as file:

@@ -4,6 +4,7 @@ import os
 import pickle
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from PIL import Image
 from di_refine.commands import dataset_tool
 from di_refine.files.dataset_sources import CIFAR_MEMBERS
 from di_refine.files.datasets import ImageDataset
+
+CASES = Path(__file__).parents[2] / "cases"
 
 
 def convert(source, dest, *options):
@@ -235,11 +238,26 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, photos, change, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_sixteen_bit_images_are_refused_even_when_converting(tmp_path):
+def test_sixteen_bit_greyscale_is_scaled_and_numbers_that_are_no_colours_are_refused(tmp_path):
+    result = good(CASES / "sixteen_bit", tmp_path / "out.zip")
+    assert result["channels"] == 1 and result["notes"] == [
+        "2 images with 16 bits per channel, scaled to 8 (such as 0.png)"
+    ]
     (tmp_path / "in").mkdir()
-    Image.fromarray(np.full([4, 4], 40_000, np.uint16)).save(tmp_path / "in" / "a.png")
-    result = convert(tmp_path / "in", tmp_path / "out.zip", "--grey")
-    assert result.exit_code == 2 and "image a.png has more than 8 bits per channel" in result.stderr
+    Image.fromarray(np.full([4, 4], 0.5, np.float32)).save(tmp_path / "in" / "a.tiff")
+    (tmp_path / "in" / "a.tiff").rename(tmp_path / "in" / "a.png")
+    result = convert(tmp_path / "in", tmp_path / "out2.zip", "--grey")
+    assert result.exit_code == 2 and "image a.png has Pillow mode F, which is no colour" in result.stderr
+
+
+def test_photos_on_their_side_are_turned_before_they_are_cropped(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    upright = np.random.default_rng(0).integers(0, 256, [10, 6, 3], np.uint8)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "in" / "a.png", exif=exif)
+    good(tmp_path / "in", tmp_path / "out.zip", "--transform=center-crop")
+    assert np.array_equal(ImageDataset(tmp_path / "out.zip").images([0])[0].transpose(1, 2, 0), upright[2:8])
 
 
 def test_bad_source_and_dest(tmp_path, photos):
