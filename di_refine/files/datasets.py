@@ -59,18 +59,37 @@ class ImageFiles:
         self._owner = 0
         if self.path.is_dir():
             found = (Path(root, file) for root, _, files in os.walk(self.path) for file in files)
-            names = [file.relative_to(self.path).as_posix() for file in found]
+            stored = [(name, name) for name in (file.relative_to(self.path).as_posix() for file in found)]
             self._is_zip = False
         elif not self.path.is_file():
             raise InputError(f"{setting}={path} does not exist; give a folder or zip file of images")
         else:
             self._is_zip = True
             try:
-                names = [entry.filename for entry in self._zip().infolist() if not entry.is_dir()]
+                stored = [(entry.filename, _archived_name(entry)) for entry in self._zip().infolist()]
             except (zipfile.BadZipFile, ValueError):
                 raise InputError(f"{setting}={path} is neither a folder nor a zip file, or it is damaged") from None
-        self.names = sorted(name for name in names if not _is_hidden(name))
+        #: Name -> what the file system or the archive calls the file.
+        self._stored: dict[str, str] = {}
+        for original, spelled in sorted(stored):
+            name = spelled.replace("\\", "/")  # some Windows programs write zip files so
+            if name.endswith("/") or _is_hidden(name):
+                continue
+            if not _is_unicode(name):
+                shown = original.encode(errors="backslashreplace").decode()
+                raise InputError(
+                    f"{setting}={path} has file names that are not UTF-8 (such as {shown}); {self._advice()}"
+                )
+            if name in self._stored:
+                raise InputError(f"{setting}={path} holds two files named {name}; rename one of them")
+            self._stored[name] = original
+        self.names = sorted(self._stored)
         self.image_names = [name for name in self.names if name.lower().endswith(EXTENSIONS)]
+
+    def _advice(self) -> str:
+        if self._is_zip:
+            return "unpack it with a program that is told their encoding, as in unzip -O GBK, and give the folder"
+        return "rename them, as convmv -f GBK -t UTF-8 does"
 
     def open(self, name: str) -> IO[bytes]:
         """Open one file for reading.
@@ -79,7 +98,8 @@ class ImageFiles:
             InputError: the file cannot be opened; the message names it.
         """
         try:
-            return self._zip().open(name) if self._is_zip else open(self.path / name, "rb")
+            original = self._stored[name]
+            return self._zip().open(original) if self._is_zip else open(self.path / original, "rb")
         except (zipfile.BadZipFile, OSError, KeyError, RuntimeError, NotImplementedError) as error:
             raise InputError(f"{self.path}: cannot read {name} ({_reason(error)})") from None
 
@@ -521,6 +541,22 @@ def _from_workers(dataset: ImageDataset, order: _Order, workers: int) -> Iterato
         if isinstance(item, InputError):
             raise item
         yield item
+
+
+def _archived_name(entry: zipfile.ZipInfo) -> str:
+    """Return a zip member's name, with surrogates where it is not UTF-8."""
+    says_utf8 = entry.flag_bits & 0x800 or entry.filename != entry.orig_filename  # by the Unicode field for names
+    if says_utf8 or entry.filename.isascii():
+        return entry.filename
+    return entry.filename.encode("cp437").decode(errors="surrogateescape")  # zipfile takes the bytes for cp437
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_hidden(name: str) -> bool:

@@ -122,6 +122,14 @@ def test_folders_without_classes(tmp_path):
     assert good(tmp_path / "in", tmp_path / "b.zip")["classes"] == 0, "an image lies beside the folders"
 
 
+def test_folders_in_archives_with_backslashes_are_classes(tmp_path):
+    good(CASES / "backslash_folders.zip", tmp_path / "out.zip")
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        assert json.loads(archive.read("dataset.json"))["classes"] == ["cat", "dog"]
+    result = convert(CASES / "gbk.zip", tmp_path / "gbk.zip")
+    assert result.exit_code == 2 and "--source=" in result.stderr and "not UTF-8" in result.stderr
+
+
 def test_transparency_becomes_white(tmp_path):
     (tmp_path / "in").mkdir()
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "in" / "a.png")

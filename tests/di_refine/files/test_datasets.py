@@ -1,9 +1,12 @@
 import io
 import json
+import os
 import pickle
+import sys
 import threading
 import zipfile
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from PIL import Image
 from di_refine.errors import InputError
 from di_refine.files.datasets import ImageDataset, batches, sample_order
 
+CASES = Path(__file__).parents[2] / "cases"
 COUNT = 10
 
 
@@ -112,6 +116,54 @@ def test_label_vectors_and_backslashes(tmp_path):
     assert dataset.label_dim == 2 and dataset.labels([1, 0]).tolist() == [[0, -1], [0.5, 1]]
     with pytest.raises(InputError, match="labels are vectors"):
         dataset.class_frequencies()
+
+
+@pytest.mark.parametrize("kind", ["zip", "folder"])
+def test_backslashes_in_names_are_slashes(tmp_path, kind):
+    slashes = ImageDataset(write(tmp_path / "a", files_of(), kind))
+    files = {name.replace("/", "\\"): content for name, content in files_of().items()}
+    dataset = ImageDataset(write(tmp_path / "b", {**files, "empty\\": b""} if kind == "zip" else files, kind))
+    assert dataset.files.names == slashes.files.names and dataset.content_hash() == slashes.content_hash()
+    with pytest.raises(InputError, match="holds two files named 00000/img00000000.png"):
+        ImageDataset(write(tmp_path / "c", {**files, **files_of()}, kind))
+    assert ImageDataset(CASES / "backslash_both.zip").label_dim == 2
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_file_packed_twice_is_refused(tmp_path):
+    path = write(tmp_path / "a.zip", files_of())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(FIRST, png(pixels_of(5)))
+    with pytest.raises(InputError, match=f"a.zip holds two files named {FIRST}; rename one of them"):
+        ImageDataset(path)
+
+
+def raw_names(path, files: dict[bytes, bytes]):
+    """A zip file whose names are these bytes, without a word about their encoding."""
+    coded = {f"{index:0{len(name)}d}": name for index, name in enumerate(files)}
+    content = write(path, dict(zip(coded, files.values()))).read_bytes()
+    for placeholder, name in coded.items():
+        content = content.replace(placeholder.encode(), name)
+    path.write_bytes(content)
+    return path
+
+
+def test_names_in_archives_that_do_not_say_their_encoding(tmp_path):
+    pixels = png(pixels_of(0))
+    name = "Grüße/Bäume.png"
+    assert ImageDataset(raw_names(tmp_path / "mac.zip", {name.encode(): pixels})).files.image_names == [name]
+    with pytest.raises(InputError, match="names that are not UTF-8.*unzip -O GBK, and give the folder"):
+        ImageDataset(raw_names(tmp_path / "old.zip", {name.encode("cp1252"): pixels}))
+    with pytest.raises(InputError, match="gbk.zip has file names that are not UTF-8"):
+        ImageDataset(CASES / "gbk.zip")
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="file names are Unicode there")
+def test_names_in_folders_that_are_not_utf8(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/\xc4.png", "wb") as file:
+        file.write(png(pixels_of(0)))
+    with pytest.raises(InputError, match=r"not UTF-8 \(such as \\udcc4.png\); rename them, as convmv"):
+        ImageDataset(tmp_path)
 
 
 FIRST, NAME = "00000/img00000000.png", "00001/img00000007.png"
