@@ -108,6 +108,7 @@ def main(source, dest, resolution, transform, resize_filter, max_images, labels,
             "resolution": first.size[0],
             "channels": 1 if first.mode == "L" else 3,
             "classes": images.num_classes,
+            "skipped": images.skipped,
             "notes": notes,
             "sha256": sha256_of(dest),
         }

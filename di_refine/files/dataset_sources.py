@@ -6,7 +6,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,7 +31,8 @@ class Source:
         read: gives image number i of `names`; called from several threads.
         labels: class number or label vector of each image, or None.
         classes: what the class numbers mean, where that is known.
-        notes: gives sentences about the images that were read so far.
+        notes: gives sentences about the images that were read so far, and about other files there.
+        skipped: number of other files by extension.
     """
 
     origin: str
@@ -40,6 +41,7 @@ class Source:
     labels: list[Any] | None = None
     classes: list[str] | None = None
     notes: Callable[[], list[str]] = list
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def subset(self, chosen: list[int]) -> "Source":
         """Return only the images with these numbers."""
@@ -162,8 +164,14 @@ def files_source(files: ImageFiles, labels: str) -> Source:
     """
     names = files.image_names
     if not names:
-        raise InputError(f"source={files.path} holds no images")
-    source = Source(files.path.resolve().name, names, lambda index: files.image(names[index]), notes=files.notes)
+        raise InputError(files.no_images())
+    source = Source(
+        files.path.resolve().name,
+        names,
+        lambda index: files.image(names[index]),
+        notes=files.notes,
+        skipped=files.skipped,
+    )
     if labels == "json" or (labels == "auto" and "dataset.json" in files.names):
         by_name = files.labels()
         if by_name is not None:

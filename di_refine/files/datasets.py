@@ -1,6 +1,6 @@
 """Image data sets in the layout of the StyleGAN family, and training batches from them.
 
-A data set is a zip file or a folder of PNG or JPEG images, in sub-folders or not, with an optional `dataset.json`:
+A data set is a zip file or a folder of images, PNG as a rule, in sub-folders or not, with an optional `dataset.json`:
 
     {"labels": [["00000/img00000000.png", 6], ["00000/img00000001.png", 9], ...]}
 
@@ -30,7 +30,6 @@ from di_refine.files import decoding
 from torch_utils import distributed
 from torch_utils.misc import derive_seed
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 MAX_CLASSES = 100_000  # one-hot labels of more would not fit anywhere, so a larger number is a mistake in the file
 MEMORY_LIMIT = 2 << 30  # bytes of decoded images kept in memory
 
@@ -52,7 +51,7 @@ class ImageFiles:
     """
 
     def __init__(self, path: str | os.PathLike, setting: str = "data"):
-        self.path = Path(path)
+        self.path, self._setting = Path(path), setting
         self.remarks: dict[str, set[str]] = {}
         self._archive: zipfile.ZipFile | None = None
         self._lock = threading.Lock()
@@ -69,11 +68,18 @@ class ImageFiles:
                 stored = [(entry.filename, _archived_name(entry)) for entry in self._zip().infolist()]
             except (zipfile.BadZipFile, ValueError):
                 raise InputError(f"{setting}={path} is neither a folder nor a zip file, or it is damaged") from None
+        #: How many files, by extension, are no images and were passed over.
+        self.skipped: dict[str, int] = {}
         #: Name -> what the file system or the archive calls the file.
         self._stored: dict[str, str] = {}
         for original, spelled in sorted(stored):
             name = spelled.replace("\\", "/")  # some Windows programs write zip files so
-            if name.endswith("/") or _is_hidden(name):
+            if name.endswith("/"):
+                continue
+            is_image = name.lower().endswith(decoding.EXTENSIONS)
+            if _is_hidden(name) or not (is_image or name == "dataset.json"):
+                kind = "hidden" if _is_hidden(name) else PurePosixPath(name.lower()).suffix or "without extension"
+                self.skipped[kind] = self.skipped.get(kind, 0) + 1
                 continue
             if not _is_unicode(name):
                 shown = original.encode(errors="backslashreplace").decode()
@@ -84,7 +90,7 @@ class ImageFiles:
                 raise InputError(f"{setting}={path} holds two files named {name}; rename one of them")
             self._stored[name] = original
         self.names = sorted(self._stored)
-        self.image_names = [name for name in self.names if name.lower().endswith(EXTENSIONS)]
+        self.image_names = [name for name in self.names if name != "dataset.json"]
 
     def _advice(self) -> str:
         if self._is_zip:
@@ -112,7 +118,7 @@ class ImageFiles:
         try:
             with self._lock, self.open(name) as file:  # ZipFile counts its open members without a lock
                 content = file.read()
-            image, remarks = decoding.decode(content)
+            image, remarks = decoding.decode(content, name)
         except InputError:
             raise
         except Exception as error:  # Pillow and zipfile raise a dozen unrelated types for damaged data
@@ -128,7 +134,7 @@ class ImageFiles:
         """
         try:
             with self.open(name) as file:
-                size, mode, remarks = decoding.header(file)
+                size, mode, remarks = decoding.header(file, name)
         except InputError:
             raise
         except Exception as error:
@@ -141,11 +147,19 @@ class ImageFiles:
             self.remarks.setdefault(remark, set()).add(name)
 
     def notes(self) -> list[str]:
-        """Return a sentence about each way in which images that were read so far are more than plain pixels."""
-        return [
+        """Return sentences about images read so far that are more than pixels, and about what was passed over."""
+        notes = [
             f"{len(names)} image{'s' * (len(names) > 1)} {remark} (such as {min(names)})"
             for remark, names in sorted(self.remarks.items())
         ]
+        if self.skipped:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.skipped.items()))
+            notes.append(f"passed over what are no images in a format that can be read: {kinds}")
+        return notes
+
+    def no_images(self) -> str:
+        """Return the message for a source without images."""
+        return "; ".join([f"{self._setting}={self.path} holds no images", *self.notes()])
 
     def labels(self) -> dict[str, int | list[float]] | None:
         """Return the labels in `dataset.json` by image name, or None where there are none.
@@ -202,7 +216,7 @@ class ImageDataset:
         self.path, self.mirror, self.setting = self.files.path, mirror, setting
         self._names = self.files.image_names
         if not self._names:
-            raise InputError(f"{setting}={path} holds no images (looked for {', '.join(EXTENSIONS)})")
+            raise InputError(self.files.no_images())
         self.resolution, self.num_channels = self._check_headers()
         self._labels = self._read_labels()
         if distributed.is_first():

@@ -8,6 +8,7 @@ is a remark.
 
 import contextlib
 import io
+from pathlib import PurePosixPath
 from typing import IO
 
 import numpy as np
@@ -21,15 +22,24 @@ PROFILE = "with a colour profile other than sRGB, which is not applied"
 CMYK = "in CMYK, whose colours without a profile are approximate"
 BROKEN_EXIF = "with damaged EXIF data, taken to be upright"
 
+Image.init()
+_PIXELS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "SUN", "TIFF", "WEBP"]
+#: The formats of pictures made of pixels that this Pillow reads. Content of any other kind, such as PostScript, which
+#: Pillow hands to another program, is never looked into, whatever the file is called.
+FORMATS = [name for name in _PIXELS if name in Image.OPEN]
+#: Of files that are taken for pictures. TGA is told by its extension alone, for nothing in the file does.
+EXTENSIONS = tuple(sorted(extension for extension, kind in Image.EXTENSION.items() if kind in {*FORMATS, "TGA"}))
+
 SRGB = 1 / 2.2
 VERSION = 2  # of the rules above; statistics of images that were read by other rules are not reused
 
 
-def decode(content: bytes) -> tuple[Image.Image, set[str]]:
+def decode(content: bytes, name: str) -> tuple[Image.Image, set[str]]:
     """Decode one picture.
 
     Args:
         content: of the file.
+        name: of the file.
 
     Returns:
         The image, upright, with Pillow mode L or RGB, or another where that would lose something; and the remarks.
@@ -37,24 +47,29 @@ def decode(content: bytes) -> tuple[Image.Image, set[str]]:
     Raises:
         Exception: of any type, as Pillow raises them for damaged data.
     """
-    image = Image.open(io.BytesIO(content))
+    image = _open(io.BytesIO(content), name)
     remarks = _remarks(image)
     image.load()
     return _interpret(image), remarks
 
 
-def header(file: IO[bytes]) -> tuple[tuple[int, int], str, set[str]]:
+def header(file: IO[bytes], name: str) -> tuple[tuple[int, int], str, set[str]]:
     """Return (width, height), Pillow mode and remarks as `decode` does, from the header alone where that tells.
 
     Raises:
         Exception: as `decode`.
     """
-    with Image.open(file) as image:
+    with _open(file, name) as image:
         remarks = _remarks(image)
         if image.width != image.height or image.mode not in ("L", "RGB") or "transparency" in image.info:
             image.load()  # only now is it known whether the image lies on its side, and what is in its palette
             image = _interpret(image)
         return image.size, image.mode, remarks
+
+
+def _open(file: IO[bytes], name: str) -> Image.Image:
+    by_name = Image.EXTENSION.get(PurePosixPath(name.lower()).suffix)
+    return Image.open(file, formats=["TGA"] if by_name == "TGA" else FORMATS)
 
 
 def _remarks(image: Image.Image) -> set[str]:

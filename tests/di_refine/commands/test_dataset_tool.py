@@ -2,6 +2,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -128,6 +129,17 @@ def test_folders_in_archives_with_backslashes_are_classes(tmp_path):
         assert json.loads(archive.read("dataset.json"))["classes"] == ["cat", "dog"]
     result = convert(CASES / "gbk.zip", tmp_path / "gbk.zip")
     assert result.exit_code == 2 and "--source=" in result.stderr and "not UTF-8" in result.stderr
+
+
+def test_every_format_is_read_and_anything_else_is_counted_aloud(tmp_path):
+    shutil.copytree(CASES / "tiff", tmp_path / "in")
+    for name in ("a.HEIC", "b.heic", "notes.txt", "Makefile", ".DS_Store"):
+        (tmp_path / "in" / name).write_text("x")
+    result = convert(tmp_path / "in", tmp_path / "out.zip", "--grey")
+    shown = json.loads(result.stdout.splitlines()[-1])
+    assert shown["images"] == 10 and shown["resolution"] == 16
+    assert shown["skipped"] == {".heic": 2, ".txt": 1, "without extension": 1, "hidden": 1}
+    assert "2 .heic, 1 .txt, 1 hidden, 1 without extension" in result.stderr
 
 
 def test_transparency_becomes_white(tmp_path):

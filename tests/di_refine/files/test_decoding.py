@@ -19,10 +19,10 @@ def stored(image, **settings) -> bytes:
     return file.getvalue()
 
 
-def read(content: bytes):
+def read(content: bytes, name: str = "a.png"):
     """Decode, and check that the header alone says the same."""
-    image, remarks = decoding.decode(content)
-    assert decoding.header(io.BytesIO(content)) == (image.size, image.mode, remarks)
+    image, remarks = decoding.decode(content, name)
+    assert decoding.header(io.BytesIO(content), name) == (image.size, image.mode, remarks)
     return image, remarks
 
 
@@ -98,3 +98,20 @@ def test_opening_a_data_set_says_how_its_images_are_read(capsys):
     assert dataset.num_channels == 1 and len(np.unique(dataset.images([0]))) > 2
     assert "note: " in (said := capsys.readouterr().err) and f"2 images {decoding.DEEP} (such as 0.png)" in said
     assert ImageFiles(CASES / "exif").notes() == []
+
+
+@pytest.mark.parametrize("format", [*decoding.FORMATS, "TGA"])
+def test_formats_of_pixels_are_read(format):
+    extension = next(ext for ext in decoding.EXTENSIONS if Image.EXTENSION[ext] == format)
+    if format == "SUN":
+        pytest.skip("Pillow does not write it")
+    image, _ = read(stored(COLOUR[:, :6], format=format), f"picture{extension.upper()}")
+    assert image.size == (6, 6) and image.mode == "RGB"
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.eps", "a.tga"])
+def test_content_of_another_kind_is_not_looked_into(name, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.EpsImageFile._open", lambda self: pytest.fail("PostScript was opened"))
+    for reader in (decoding.decode, lambda content, name: decoding.header(io.BytesIO(content), name)):
+        with pytest.raises(Exception, match="cannot identify image file"):
+            reader(stored(COLOUR, format="EPS"), name)
