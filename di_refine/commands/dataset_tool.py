@@ -64,7 +64,15 @@ def main(source, dest, resolution, transform, resize_filter, max_images, labels,
     import PIL
 
     from di_refine.files.dataset_sources import check_colour, fit, open_source
-    from di_refine.files.dataset_writer import Picture, map_in_order, new_folders, project_version, write_archive
+    from di_refine.files.dataset_writer import (
+        Picture,
+        class_counts,
+        map_in_order,
+        new_folders,
+        project_version,
+        write_archive,
+    )
+    from di_refine.files.datasets import absent_classes
     from di_refine.files.download import sha256_of
     from torch_utils.misc import open_atomic
 
@@ -98,9 +106,14 @@ def main(source, dest, resolution, transform, resize_filter, max_images, labels,
         first = write_archive(
             file, map_in_order(convert, range(total)), images.labels, record, images.classes, bar.update
         )
-    notes = images.notes()
+    notes, counts = images.notes(), class_counts(images.labels, images.classes)
+    if absent := absent_classes(counts):
+        notes.append(absent)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+    if counts:
+        class_names = [*(images.classes or ()), *[""] * len(counts)]
+        terminal.table([*zip(range(len(counts)), class_names, counts)], ["class", "name", "images"])
     terminal.print_result(
         {
             "dest": dest,
@@ -108,6 +121,8 @@ def main(source, dest, resolution, transform, resize_filter, max_images, labels,
             "resolution": first.size[0],
             "channels": 1 if first.mode == "L" else 3,
             "classes": images.num_classes,
+            "class_names": images.classes,
+            "class_counts": counts,
             "skipped": images.skipped,
             "notes": notes,
             "sha256": sha256_of(dest),

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from di_refine.errors import InputError
-from di_refine.files.datasets import ImageFiles
+from di_refine.files.datasets import ImageFiles, label_array
 
 CIFAR_MEMBERS = [f"cifar-10-batches-py/data_batch_{number}" for number in range(1, 6)]
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -176,6 +176,8 @@ def files_source(files: ImageFiles, labels: str) -> Source:
         by_name = files.labels()
         if by_name is not None:
             source.labels = [by_name[name] for name in names]
+            label_array(source.labels, names, files.path)
+            source.classes = files.class_names()
         elif labels == "json":
             raise InputError(f"labels=json: {files.path} has no labels in a dataset.json")
     elif labels in ("folder", "auto"):

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def write_archive(
         labels: class number or label vector of each image. It is read after the last picture, so whoever makes the
             pictures may fill the list.
         record: how the images came about; it is kept in `dataset.json` under "conversion".
-        classes: what the class numbers mean.
+        classes: what the class numbers mean; kept under "classes", and the images of each under "class_counts".
         written_one: a function to call after each image.
 
     Returns:
@@ -97,11 +98,26 @@ def write_archive(
             if written_one is not None:
                 written_one()
         pairs = None if labels is None else [list(pair) for pair in zip(written, labels)]
-        content = {"labels": pairs, **({"classes": classes} if classes else {}), "conversion": record}
+        counts = class_counts(labels, classes)
+        known = {"classes": classes, "class_counts": counts}
+        content = {"labels": pairs, **{key: value for key, value in known.items() if value}, "conversion": record}
         archive.writestr(_entry("dataset.json"), json.dumps(content))
     if first is None:
         raise ValueError("a data set has at least one picture")
     return first
+
+
+def class_counts(labels: Sequence[Any] | None, classes: Sequence[str] | None = None) -> list[int]:
+    """Return the number of images of each class; [] where there are no labels, or they are vectors.
+
+    Args:
+        labels: of the images.
+        classes: names of the classes, some of which may have no image.
+    """
+    if not labels or not isinstance(labels[0], int):
+        return []
+    counts = Counter(labels)
+    return [counts[number] for number in range(max(max(counts) + 1, len(classes or ())))]
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

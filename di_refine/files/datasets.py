@@ -4,7 +4,8 @@ A data set is a zip file or a folder of images, PNG as a rule, in sub-folders or
 
     {"labels": [["00000/img00000000.png", 6], ["00000/img00000001.png", 9], ...]}
 
-A label is a class number or a list of numbers; `"labels": null` means there are none. Other keys are ignored.
+A label is a class number or a list of numbers; `"labels": null` means there are none. `"classes"` may be a list of the
+classes' names. Other keys are ignored.
 """
 
 import copy
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -165,26 +167,51 @@ class ImageFiles:
         """Return the labels in `dataset.json` by image name, or None where there are none.
 
         Raises:
-            InputError: the file is malformed, names an image that is not there, or leaves one without a label.
+            InputError: the file is malformed, names an image that is not there or one twice, or leaves one without a
+                label.
         """
-        if "dataset.json" not in self.names:
-            return None
         where = f"{self.path}: dataset.json"
+        entries = self._description().get("labels")
+        if entries is None:
+            return None
         try:
-            with self.open("dataset.json") as file:
-                content = json.load(file)
-            entries = content.get("labels")
-            if entries is None:
-                return None
-            labels = {name.replace("\\", "/"): label for name, label in entries}
-        except (ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile):
+            pairs = [(name.replace("\\", "/"), label) for name, label in entries]
+        except (ValueError, TypeError, AttributeError):
             raise InputError(f'{where} is malformed; expected {{"labels": [["name", 0], ...]}} or null') from None
+        labels = dict(pairs)
+        if len(labels) < len(pairs):
+            twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+            given = " and ".join(str(label) for name, label in pairs if name == twice)
+            raise InputError(f"{where} lists {twice} more than once (labels {given}); leave one entry for each image")
         known = set(self.image_names)
         if unknown := next((name for name in labels if name not in known), None):
             raise InputError(f"{where} has a label for {unknown}, which is not there")
         if missing := next((name for name in self.image_names if name not in labels), None):
             raise InputError(f"{where} has no label for {missing}; label every image or none")
         return labels
+
+    def class_names(self) -> list[str] | None:
+        """Return what the class numbers mean, if `dataset.json` says so."""
+        names = self._description().get("classes")
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+    def _description(self) -> dict[str, Any]:
+        """Return the content of `dataset.json`, {} where there is none.
+
+        Raises:
+            InputError: it is malformed.
+        """
+        if "dataset.json" not in self.names:
+            return {}
+        where = f"{self.path}: dataset.json"
+        try:
+            with self.open("dataset.json") as file:
+                content = json.load(file)
+        except (ValueError, zipfile.BadZipFile):
+            raise InputError(f'{where} is malformed; expected {{"labels": [["name", 0], ...]}} or null') from None
+        if not isinstance(content, dict):
+            raise InputError(f'{where} is malformed; expected {{"labels": [["name", 0], ...]}}, not a list or a value')
+        return content
 
     def _zip(self) -> zipfile.ZipFile:
         if self._archive is None or self._owner != os.getpid():  # a forked file handle would share its position
@@ -196,6 +223,47 @@ class ImageFiles:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
+
+
+def label_array(values: Sequence[Any], names: Sequence[str], path: Path) -> np.ndarray:
+    """Return class numbers [N] as int64, or label vectors [N, L] as float32.
+
+    Args:
+        values: of `dataset.json`.
+        names: of the images, for messages.
+        path: of the data set, for messages.
+
+    Raises:
+        InputError: they are neither.
+    """
+    numbers = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
+    if len(numbers) == len(values):
+        if wrong := next(((n, v) for n, v in zip(names, numbers) if not 0 <= v < MAX_CLASSES), None):
+            raise InputError(
+                f"{path}: dataset.json gives {wrong[0]} the label {wrong[1]}; class numbers are 0 to {MAX_CLASSES - 1}"
+            )
+        return np.array(numbers, np.int64)
+    vectors: np.ndarray
+    try:
+        vectors = np.array(values, np.float32)
+    except (ValueError, TypeError, OverflowError):
+        vectors = np.empty(0)
+    if vectors.ndim != 2 or not np.isfinite(vectors).all():
+        raise InputError(f"{path}: labels in dataset.json must be all class numbers, or all vectors of one length")
+    return vectors
+
+
+def absent_classes(counts: Sequence[int] | np.ndarray) -> str | None:
+    """Say which classes have no image; None where all have some.
+
+    Args:
+        counts: images of each class.
+    """
+    absent = [str(number) for number, count in enumerate(counts) if count == 0]
+    if not absent:
+        return None
+    shown = ", ".join(absent[:10]) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
+    return f"no image of class{'es' * (len(absent) > 1)} {shown} of {len(counts)}"
 
 
 class ImageDataset:
@@ -255,25 +323,7 @@ class ImageDataset:
         labels = self.files.labels()
         if labels is None:
             return np.zeros([len(self._names), 0], np.float32)
-        values = [labels[name] for name in self._names]
-        numbers = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
-        if len(numbers) == len(values):
-            if wrong := next((n for n, v in zip(self._names, numbers) if not 0 <= v < MAX_CLASSES), None):
-                raise InputError(
-                    f"{self.path}: dataset.json gives {wrong} the label {labels[wrong]}; class numbers are 0 to "
-                    f"{MAX_CLASSES - 1}"
-                )
-            return np.array(numbers, np.int64)
-        vectors: np.ndarray
-        try:
-            vectors = np.array(values, np.float32)
-        except (ValueError, TypeError, OverflowError):
-            vectors = np.empty(0)
-        if vectors.ndim != 2 or not np.isfinite(vectors).all():
-            raise InputError(
-                f"{self.path}: labels in dataset.json must be all class numbers, or all vectors of one length"
-            )
-        return vectors
+        return label_array([labels[name] for name in self._names], self._names, self.path)
 
     def __len__(self) -> int:
         return len(self._names) * (2 if self.mirror else 1)
@@ -287,19 +337,34 @@ class ImageDataset:
     def has_labels(self) -> bool:
         return self.label_dim > 0
 
-    def class_frequencies(self) -> np.ndarray:
-        """Return the share of each class, float64 [label_dim], summing to 1 (empty without labels).
+    @property
+    def has_classes(self) -> bool:
+        """Whether the labels are class numbers or one-hot vectors."""
+        if self._labels.ndim == 1:
+            return True
+        return self.has_labels and bool((np.sort(self._labels) == np.eye(self.label_dim)[-1]).all())
+
+    def class_counts(self) -> np.ndarray:
+        """Return the number of images of each class, int64 [label_dim] (empty without labels).
 
         Raises:
             InputError: the labels are vectors other than one-hot, not classes.
         """
         if not self.has_labels:
-            return np.zeros(0)
-        if self._labels.ndim != 1:
-            if (np.sort(self._labels) == np.eye(self.label_dim)[-1]).all():
-                return self._labels.mean(axis=0, dtype=np.float64)
+            return np.zeros(0, np.int64)
+        if not self.has_classes:
             raise InputError(f"{self.setting}={self.path}: its labels are vectors, so it has no classes to count")
-        return np.bincount(self._labels, minlength=self.label_dim) / len(self._labels)
+        if self._labels.ndim != 1:
+            return self._labels.sum(axis=0, dtype=np.float64).astype(np.int64)
+        return np.bincount(self._labels, minlength=self.label_dim)
+
+    def class_frequencies(self) -> np.ndarray:
+        """Return the share of each class, float64 [label_dim], summing to 1 (empty without labels).
+
+        Raises:
+            InputError: as `class_counts`.
+        """
+        return self.class_counts() / len(self._names)
 
     def check_compatible(
         self, resolution: int, num_channels: int, label_dim: int | None = None, what: str = "network"

@@ -115,6 +115,30 @@ def test_conversion_of_a_data_set_keeps_its_labels(tmp_path, photos):
     assert subset["images"] == 2 and subset["sha256"] == good(photos, tmp_path / "f.zip", "--max-images=2")["sha256"]
 
 
+def test_names_and_counts_of_classes_are_shown_and_kept(tmp_path, photos):
+    result = convert(photos, tmp_path / "a.zip")
+    *table, last = result.stdout.splitlines()
+    assert [line.split() for line in table[2:]] == [["0", "ape", "1"], ["1", "cat", "2"], ["2", "dog", "1"]]
+    for path, shown in [(tmp_path / "a.zip", json.loads(last)), (tmp_path / "b.zip", None)]:
+        shown = shown or good(tmp_path / "a.zip", path)
+        assert shown["class_names"] == ["ape", "cat", "dog"] and shown["class_counts"] == [1, 2, 1]
+        with zipfile.ZipFile(path) as archive:
+            content = json.loads(archive.read("dataset.json"))
+        assert content["classes"] == ["ape", "cat", "dog"] and content["class_counts"] == [1, 2, 1]
+
+
+def test_gaps_in_class_numbers_are_said_and_labels_checked(tmp_path, photos):
+    result = convert(CASES / "labels_from_one", tmp_path / "a.zip")
+    assert result.exit_code == 0 and "note: no image of class 0 of 3" in result.stderr
+    subset = good(photos, tmp_path / "b.zip", "--max-images=3")
+    assert sum(subset["class_counts"]) == 3 and len(subset["class_counts"]) == 3
+    (photos / "dataset.json").write_text(
+        json.dumps({"labels": [[str(path.relative_to(photos)), "cat"] for path in photos.rglob("*.png")]})
+    )
+    result = convert(photos, tmp_path / "c.zip")
+    assert result.exit_code == 2 and "labels in dataset.json must be all class numbers, or all vectors" in result.stderr
+
+
 def test_folders_without_classes(tmp_path):
     picture(tmp_path / "in" / "a" / "x.png")
     picture(tmp_path / "in" / "a" / "y.png")

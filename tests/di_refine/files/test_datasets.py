@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from di_refine.errors import InputError
-from di_refine.files.datasets import ImageDataset, batches, sample_order
+from di_refine.files.datasets import ImageDataset, absent_classes, batches, sample_order
 
 CASES = Path(__file__).parents[2] / "cases"
 COUNT = 10
@@ -166,6 +166,15 @@ def test_names_in_folders_that_are_not_utf8(tmp_path):
         ImageDataset(tmp_path)
 
 
+def test_classes_are_counted_and_gaps_named(dataset, tmp_path):
+    assert dataset.class_counts().tolist() == [4, 3, 3] and absent_classes(dataset.class_counts()) is None
+    gap = ImageDataset(CASES / "labels_from_one").class_counts()
+    assert gap.tolist() == [0, 4, 4] and absent_classes(gap) == "no image of class 0 of 3"
+    assert absent_classes([0] * 12 + [1]) == "no image of classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more of 13"
+    with pytest.raises(InputError, match="labels_listed_twice: dataset.json lists 0.png more than once"):
+        ImageDataset(CASES / "labels_listed_twice")
+
+
 FIRST, NAME = "00000/img00000000.png", "00001/img00000007.png"
 
 
@@ -186,6 +195,7 @@ def _labels(change) -> bytes:
         ({"dataset.json": b"[1]"}, "dataset.json is malformed"),
         ({"dataset.json": b'{"labels": [1]}'}, "dataset.json is malformed"),
         ({"dataset.json": _labels(lambda x: [*x, ["other.png", 0]])}, "a label for other.png, which is not there"),
+        ({"dataset.json": _labels(lambda x: [*x, [FIRST, 2]])}, f"lists {FIRST} more than once \\(labels 0 and 2\\)"),
         ({"dataset.json": _labels(lambda x: x[:-1])}, "no label for 00001/img00000009.png"),
         ({"dataset.json": _labels(lambda x: [[x[0][0], -1], *x[1:]])}, f"gives {FIRST} the label -1"),
         ({"dataset.json": _labels(lambda x: [[x[0][0], 10**9], *x[1:]])}, f"gives {FIRST} the label 1000000000"),
