@@ -174,10 +174,12 @@ class ImageFiles:
         entries = self._description().get("labels")
         if entries is None:
             return None
-        try:
-            pairs = [(name.replace("\\", "/"), label) for name, label in entries]
-        except (ValueError, TypeError, AttributeError):
-            raise InputError(f'{where} is malformed; expected {{"labels": [["name", 0], ...]}} or null') from None
+        pairs = []
+        for entry in entries if isinstance(entries, list) else [entries]:
+            if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
+                shown = json.dumps(entry)[:60]
+                raise InputError(f'{where} is malformed: among "labels" is {shown}, expected ["name", label]')
+            pairs.append((entry[0].replace("\\", "/"), entry[1]))
         labels = dict(pairs)
         if len(labels) < len(pairs):
             twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
@@ -207,8 +209,13 @@ class ImageFiles:
         try:
             with self.open("dataset.json") as file:
                 content = json.load(file)
-        except (ValueError, zipfile.BadZipFile):
-            raise InputError(f'{where} is malformed; expected {{"labels": [["name", 0], ...]}} or null') from None
+        except json.JSONDecodeError as error:
+            place = f"line {error.lineno}, column {error.colno}"
+            raise InputError(f"{where} is malformed at {place} ({error.msg}); mend it there") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{where} is no UTF-8 text; save it as UTF-8") from None
+        except zipfile.BadZipFile as error:
+            raise InputError(f"{where} is damaged ({_reason(error)}); pack the data set anew") from None
         if not isinstance(content, dict):
             raise InputError(f'{where} is malformed; expected {{"labels": [["name", 0], ...]}}, not a list or a value')
         return content

@@ -171,6 +171,10 @@ def test_classes_are_counted_and_gaps_named(dataset, tmp_path):
     gap = ImageDataset(CASES / "labels_from_one").class_counts()
     assert gap.tolist() == [0, 4, 4] and absent_classes(gap) == "no image of class 0 of 3"
     assert absent_classes([0] * 12 + [1]) == "no image of classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more of 13"
+    with pytest.raises(InputError, match=r"dataset.json is malformed at line 8, column \d+"):
+        ImageDataset(CASES / "labels_trailing_comma")
+    with pytest.raises(InputError, match=r'among "labels" is \["0.png", 1, 0, 0\], expected \["name", label\]'):
+        ImageDataset(CASES / "labels_flat_row")
     with pytest.raises(InputError, match="labels_listed_twice: dataset.json lists 0.png more than once"):
         ImageDataset(CASES / "labels_listed_twice")
 
@@ -191,9 +195,12 @@ def _labels(change) -> bytes:
         ({FIRST: png(np.zeros([4, 6, 3], np.uint8))}, f"image {FIRST} is 6x4, not square"),
         ({FIRST: png(np.zeros([8, 8, 4], np.uint8))}, f"image {FIRST} has Pillow mode RGBA.*--rgb"),
         ({NAME: b"no image"}, f"image {NAME} is damaged or not an image"),
-        ({"dataset.json": b"{"}, "dataset.json is malformed"),
-        ({"dataset.json": b"[1]"}, "dataset.json is malformed"),
-        ({"dataset.json": b'{"labels": [1]}'}, "dataset.json is malformed"),
+        ({"dataset.json": b"{"}, "dataset.json is malformed at line 1, column 2"),
+        ({"dataset.json": b'{"labels": null,\n  "a": [1 2]}'}, "malformed at line 2, column 1[01]"),
+        ({"dataset.json": b'{"labels": "\xff"}'}, "dataset.json is no UTF-8 text"),
+        ({"dataset.json": b"[1]"}, "dataset.json is malformed; expected"),
+        ({"dataset.json": b'{"labels": [1]}'}, 'malformed: among "labels" is 1, expected'),
+        ({"dataset.json": b'{"labels": {"a": 1}}'}, 'malformed: among "labels" is {"a": 1}, expected'),
         ({"dataset.json": _labels(lambda x: [*x, ["other.png", 0]])}, "a label for other.png, which is not there"),
         ({"dataset.json": _labels(lambda x: [*x, [FIRST, 2]])}, f"lists {FIRST} more than once \\(labels 0 and 2\\)"),
         ({"dataset.json": _labels(lambda x: x[:-1])}, "no label for 00001/img00000009.png"),
