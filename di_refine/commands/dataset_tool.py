@@ -2,6 +2,9 @@
 
 import re
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import click
 
@@ -47,8 +50,11 @@ from di_refine.errors import InputError
     help="Convert every image to greyscale or to RGB; transparency becomes white. Without either, greyscale and RGB "
     "are kept, and anything else or a mixture is refused.",
 )
+@click.option(
+    "--skip-damaged", is_flag=True, help="Leave out images that are damaged, and say which, instead of stopping."
+)
 @click.option("--overwrite", is_flag=True, help="Replace --dest if it exists.")
-def main(source, dest, resolution, transform, resize_filter, max_images, labels, grey, overwrite):
+def main(source, dest, resolution, transform, resize_filter, max_images, labels, grey, skip_damaged, overwrite):
     """Convert images into a data set for the other commands: a zip of PNG files with their labels in dataset.json.
 
     The same input gives the same file, byte for byte.
@@ -72,7 +78,7 @@ def main(source, dest, resolution, transform, resize_filter, max_images, labels,
         project_version,
         write_archive,
     )
-    from di_refine.files.datasets import absent_classes
+    from di_refine.files.datasets import DamagedImages, absent_classes
     from di_refine.files.download import sha256_of
     from torch_utils.misc import open_atomic
 
@@ -87,8 +93,11 @@ def main(source, dest, resolution, transform, resize_filter, max_images, labels,
 
     colour = {None: "keep", True: "grey", False: "rgb"}[grey]
 
-    def convert(index: int) -> Picture:
-        image = check_colour(images.read(index), images.names[index], colour)
+    def convert(index: int) -> Picture | DamagedImages:
+        try:
+            image = check_colour(images.read(index), images.names[index], colour)
+        except DamagedImages as error:
+            return error
         return Picture.encode(fit(image, images.names[index], size, transform, resize_filter), images.names[index])
 
     record = {
@@ -102,11 +111,29 @@ def main(source, dest, resolution, transform, resize_filter, max_images, labels,
         "pillow": PIL.__version__,
     }
     total = len(images.names)
+    labelled: list[Any] = []
+    faults: dict[str, str] = {}
+
+    def readable() -> Iterator[Picture]:
+        """Give the pictures that are not damaged; all are read before one that is becomes an error."""
+        for index, picture in enumerate(map_in_order(convert, range(total))):
+            bar.update()
+            if isinstance(picture, Picture):
+                labelled.append(images.labels[index] if images.labels else None)
+                yield picture
+            else:
+                faults.update(picture.faults)
+        if faults and not (skip_damaged and labelled):
+            advice = "; none is left" if skip_damaged else "; mend them, or leave them out with `skip_damaged`"
+            raise InputError(f"{DamagedImages(Path(source), faults)}{advice}")
+
     with new_folders(dest.parent), open_atomic(dest) as file, terminal.progress(total, "converting", "img") as bar:
-        first = write_archive(
-            file, map_in_order(convert, range(total)), images.labels, record, images.classes, bar.update
-        )
+        first = write_archive(file, readable(), labelled if images.labels else None, record, images.classes)
+    if images.labels:
+        images.labels = labelled
     notes, counts = images.notes(), class_counts(images.labels, images.classes)
+    if faults:
+        notes.append(f"left out: {DamagedImages(Path(source), faults)}")
     if absent := absent_classes(counts):
         notes.append(absent)
     for note in notes:
@@ -117,13 +144,14 @@ def main(source, dest, resolution, transform, resize_filter, max_images, labels,
     terminal.print_result(
         {
             "dest": dest,
-            "images": total,
+            "images": len(labelled),
             "resolution": first.size[0],
             "channels": 1 if first.mode == "L" else 3,
             "classes": images.num_classes,
             "class_names": images.classes,
             "class_counts": counts,
             "skipped": images.skipped,
+            "damaged": list(faults),
             "notes": notes,
             "sha256": sha256_of(dest),
         }

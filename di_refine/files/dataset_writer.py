@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from PIL import Image
 
 from di_refine.errors import InputError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Picture:
         return Picture(name, image.size, image.mode, file.getvalue())
 
 
-def map_in_order(function: Callable[[Any], Picture], items: Iterable[Any], ahead: int = 256) -> Iterator[Picture]:
+def map_in_order(function: Callable[[Any], T], items: Iterable[Any], ahead: int = 256) -> Iterator[T]:
     """Map as `map` does, in order, but by several threads, taking `ahead` items at a time."""
     items = iter(items)
     with ThreadPoolExecutor() as pool:
@@ -59,7 +61,6 @@ def write_archive(
     labels: Sequence[int] | Sequence[list[float]] | None,
     record: dict[str, Any],
     classes: Sequence[str] | None = None,
-    written_one: Callable[[], None] | None = None,
 ) -> Picture:
     """Write the zip file of a data set.
 
@@ -70,7 +71,6 @@ def write_archive(
             pictures may fill the list.
         record: how the images came about; it is kept in `dataset.json` under "conversion".
         classes: what the class numbers mean; kept under "classes", and the images of each under "class_counts".
-        written_one: a function to call after each image.
 
     Returns:
         The first picture.
@@ -95,8 +95,6 @@ def write_archive(
                 )
             written.append(f"{index // 1000:05d}/img{index:08d}.png")
             archive.writestr(_entry(written[-1]), picture.png)
-            if written_one is not None:
-                written_one()
         pairs = None if labels is None else [list(pair) for pair in zip(written, labels)]
         counts = class_counts(labels, classes)
         known = {"classes": classes, "class_counts": counts}

@@ -36,6 +36,30 @@ MAX_CLASSES = 100_000  # one-hot labels of more would not fit anywhere, so a lar
 MEMORY_LIMIT = 2 << 30  # bytes of decoded images kept in memory
 
 
+class DamagedImages(InputError):
+    """Some images are damaged, or no images at all; the message names the first of them.
+
+    Attributes:
+        path: of the folder or zip file.
+        faults: name -> what is wrong with it.
+    """
+
+    SHOWN = 10
+
+    def __init__(self, path: Path, faults: dict[str, str]):
+        self.path, self.faults = path, faults
+        if len(faults) == 1:
+            ((name, fault),) = faults.items()
+            super().__init__(f"{path}: image {name} is damaged or not an image ({fault})")
+            return
+        shown = [f"{name} ({fault})" for name, fault in list(faults.items())[: self.SHOWN]]
+        more = f" and {len(faults) - self.SHOWN} more" if len(faults) > self.SHOWN else ""
+        super().__init__(f"{path}: {len(faults)} images are damaged or not images: {', '.join(shown)}{more}")
+
+    def __reduce__(self):
+        return type(self), (self.path, self.faults)  # worker processes send it
+
+
 class ImageFiles:
     """Read access to the files of a folder or a zip archive, by their names relative to it.
 
@@ -115,7 +139,7 @@ class ImageFiles:
         """Decode one image, upright.
 
         Raises:
-            InputError: the image is damaged or no image at all; the message names it.
+            DamagedImages: the image is damaged or no image at all.
         """
         try:
             with self._lock, self.open(name) as file:  # ZipFile counts its open members without a lock
@@ -124,7 +148,7 @@ class ImageFiles:
         except InputError:
             raise
         except Exception as error:  # Pillow and zipfile raise a dozen unrelated types for damaged data
-            raise InputError(f"{self.path}: image {name} is damaged or not an image ({_reason(error)})") from None
+            raise DamagedImages(self.path, {name: _reason(error)}) from None
         self._remember(name, remarks)
         return image
 
@@ -140,7 +164,7 @@ class ImageFiles:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"{self.path}: image {name} is damaged or not an image ({_reason(error)})") from None
+            raise DamagedImages(self.path, {name: _reason(error)}) from None
         self._remember(name, remarks)
         return size, mode
 
@@ -301,8 +325,17 @@ class ImageDataset:
         self.label_dim = int(self._labels.max()) + 1 if self._labels.ndim == 1 else self._labels.shape[1]
 
     def _check_headers(self) -> tuple[int, int]:
+        headers = {}
+        faults: dict[str, str] = {}
+        for name in self._names:
+            try:
+                headers[name] = self.files.header(name)
+            except DamagedImages as error:
+                faults |= error.faults
+        if faults:
+            raise DamagedImages(self.path, faults)
         first = self._names[0]
-        size, mode = self.files.header(first)
+        size, mode = headers[first]
         if size[0] != size[1]:
             raise InputError(f"{self.path}: image {first} is {size[0]}x{size[1]}, not square; see dataset_tool.py")
         if mode not in ("L", "RGB"):
@@ -311,7 +344,7 @@ class ImageDataset:
                 "dataset_tool.py --rgb"
             )
         for name in self._names[1:]:
-            other_size, other_mode = self.files.header(name)
+            other_size, other_mode = headers[name]
             if other_size != size:
                 sizes = [f"{width}x{height}" for width, height in (other_size, size)]
                 raise InputError(
@@ -405,15 +438,22 @@ class ImageDataset:
             uint8 [N, C, H, W].
 
         Raises:
-            InputError: an image's pixels are damaged; the message names it.
+            DamagedImages: pixels of some are damaged.
         """
         shape = [len(indices), self.num_channels, self.resolution, self.resolution]
         images = np.empty(shape, np.uint8)
+        faults: dict[str, str] = {}
         for row, index in enumerate(indices):
-            pixels = np.asarray(self.files.image(self._names[index % len(self._names)]))
+            try:
+                pixels = np.asarray(self.files.image(self._names[index % len(self._names)]))
+            except DamagedImages as error:
+                faults |= error.faults
+                continue
             images[row] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
             if index >= len(self._names):
                 images[row] = images[row, :, :, ::-1]
+        if faults:
+            raise DamagedImages(self.path, faults)
         return images
 
     def labels(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -426,14 +466,25 @@ class ImageDataset:
         return one_hot
 
     def decode_all(self, workers: int = 4) -> np.ndarray:
-        """Return all images, uint8 [len(self), C, H, W], decoded by `workers` threads."""
+        """Return all images, uint8 [len(self), C, H, W], decoded by `workers` threads.
+
+        Raises:
+            DamagedImages: pixels of some are damaged.
+        """
         count = len(self._names)
         images = np.empty([len(self), self.num_channels, self.resolution, self.resolution], np.uint8)
-        starts = range(0, count, 512)
+
+        def decode(start: int) -> dict[str, str]:
+            try:
+                images[start : min(start + 512, count)] = self.images(range(start, min(start + 512, count)))
+            except DamagedImages as error:
+                return error.faults
+            return {}
+
         with ThreadPoolExecutor(max(workers, 1)) as pool:
-            chunks = pool.map(lambda start: self.images(range(start, min(start + 512, count))), starts)
-            for start, chunk in zip(starts, chunks):
-                images[start : start + len(chunk)] = chunk
+            faults = {name: fault for part in pool.map(decode, range(0, count, 512)) for name, fault in part.items()}
+        if faults:
+            raise DamagedImages(self.path, faults)
         if self.mirror:
             images[count:] = images[:count, :, :, ::-1]
         return images

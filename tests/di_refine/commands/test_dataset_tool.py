@@ -166,6 +166,27 @@ def test_every_format_is_read_and_anything_else_is_counted_aloud(tmp_path):
     assert "2 .heic, 1 .txt, 1 hidden, 1 without extension" in result.stderr
 
 
+def test_damaged_images_are_all_named_or_left_out(tmp_path, photos):
+    for name in ("cat/b.png", "ape/d.png"):
+        (photos / name).write_bytes((photos / name).read_bytes()[:60])
+    result = convert(photos, tmp_path / "out.zip")
+    error = result.stderr.splitlines()[-1]
+    assert (
+        result.exit_code == 2 and "2 images are damaged or not images: ape/d.png (" in error and "cat/b.png (" in error
+    )
+    assert error.endswith("; mend them, or leave them out with --skip-damaged") and not (tmp_path / "out.zip").exists()
+    result = convert(photos, tmp_path / "out.zip", "--skip-damaged")
+    shown = json.loads(result.stdout.splitlines()[-1])
+    assert shown["damaged"] == ["ape/d.png", "cat/b.png"] and (shown["images"], shown["class_counts"]) == (2, [0, 1, 1])
+    assert "left out: " in result.stderr and "no image of class 0 of 3" in result.stderr
+    assert ImageDataset(tmp_path / "out.zip").labels([0, 1]).argmax(axis=1).tolist() == [1, 2]
+    assert good(CASES / "damaged", tmp_path / "case.zip", "--skip-damaged")["damaged"] == ["4.jpg"]
+    for path in photos.rglob("*.png"):
+        path.write_bytes(b"x")
+    result = convert(photos, tmp_path / "none.zip", "--skip-damaged")
+    assert result.exit_code == 2 and "none is left" in result.stderr and not (tmp_path / "none.zip").exists()
+
+
 def test_transparency_becomes_white(tmp_path):
     (tmp_path / "in").mkdir()
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "in" / "a.png")

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from di_refine.errors import InputError
-from di_refine.files.datasets import ImageDataset, absent_classes, batches, sample_order
+from di_refine.files.datasets import DamagedImages, ImageDataset, absent_classes, batches, sample_order
 
 CASES = Path(__file__).parents[2] / "cases"
 COUNT = 10
@@ -242,6 +242,18 @@ def test_damaged_pixels_are_named_on_decoding(tmp_path, memory_limit):
     with pytest.raises(InputError, match=f"^{dataset.path}: image {NAME} is damaged or not an image \\([^\n]*\\)$"):
         for _ in islice(batches(dataset, COUNT, seed=0, workers=1, memory_limit=memory_limit), 2):
             pass
+
+
+def test_damaged_images_are_all_named(tmp_path):
+    names = [name for name in files_of(14) if name.endswith("png")]
+    broken = dict.fromkeys(names[:12], b"no image")
+    with pytest.raises(DamagedImages, match=r"12 images are damaged or not images: .*00001.* and 2 more$") as raised:
+        ImageDataset(write(tmp_path / "a.zip", {**files_of(14), **broken}))
+    assert list(pickle.loads(pickle.dumps(raised.value)).faults) == names[:12]
+    dataset = ImageDataset(write(tmp_path / "b.zip", {**files_of(), **{name: truncated(7) for name in names[2:4]}}))
+    for read in (dataset.decode_all, lambda: dataset.images(range(COUNT))):
+        with pytest.raises(DamagedImages, match=f"2 images are damaged.*: {names[2]} \\(.*\\), {names[3]} "):
+            read()
 
 
 def test_check_compatible(dataset):
