@@ -23,13 +23,21 @@ from di_refine.errors import InputError
 )
 @click.option("--dest", required=True, metavar="FILE.zip", help="Write the data set to this file.")
 @click.option(
-    "--resolution", metavar="N|NxN", help="Resize to N x N pixels.  [default: keep the size]", show_default=False
+    "--resolution", metavar="N|NxN|WxH", help="Resize to N x N pixels.  [default: keep the size]", show_default=False
 )
 @click.option(
     "--transform",
-    type=click.Choice(["none", "center-crop"]),
+    type=click.Choice(["none", "center-crop", "center-crop-wide", "pad"]),
     default="none",
-    help="center-crop cuts the largest centred square out of each image before it is resized.",
+    help="center-crop cuts the largest centred square out of each image before it is resized. center-crop-wide cuts "
+    "the largest centred rectangle of the shape of --resolution=WxH, resizes it to W x H, and adds bars above and "
+    "below. pad adds bars to whole images.",
+)
+@click.option(
+    "--pad-colour",
+    metavar="COLOUR",
+    help="Fill bars with this colour, a name or #rrggbb; greyscale images take its brightness.  [default: black]",
+    show_default=False,
 )
 @click.option(
     "--resize-filter",
@@ -54,7 +62,9 @@ from di_refine.errors import InputError
     "--skip-damaged", is_flag=True, help="Leave out images that are damaged, and say which, instead of stopping."
 )
 @click.option("--overwrite", is_flag=True, help="Replace --dest if it exists.")
-def main(source, dest, resolution, transform, resize_filter, max_images, labels, grey, skip_damaged, overwrite):
+def main(
+    source, dest, resolution, transform, pad_colour, resize_filter, max_images, labels, grey, skip_damaged, overwrite
+):
     """Convert images into a data set for the other commands: a zip of PNG files with their labels in dataset.json.
 
     The same input gives the same file, byte for byte.
@@ -82,7 +92,10 @@ def main(source, dest, resolution, transform, resize_filter, max_images, labels,
     from di_refine.files.download import sha256_of
     from torch_utils.misc import open_atomic
 
-    size = parse_resolution(resolution)
+    size = parse_resolution(resolution, wide=transform == "center-crop-wide")
+    if pad_colour is not None and transform not in ("pad", "center-crop-wide"):
+        raise InputError("--pad-colour is of bars, which --transform=pad and center-crop-wide alone make")
+    bars = check_colour_name(pad_colour or "black")
     if not dest.lower().endswith(".zip"):
         raise InputError(f"--dest={dest} must end in .zip")
     dest = cli.check_outfile(dest, "--dest", overwrite)
@@ -98,12 +111,15 @@ def main(source, dest, resolution, transform, resize_filter, max_images, labels,
             image = check_colour(images.read(index), images.names[index], colour)
         except DamagedImages as error:
             return error
-        return Picture.encode(fit(image, images.names[index], size, transform, resize_filter), images.names[index])
+        return Picture.encode(
+            fit(image, images.names[index], size, transform, resize_filter, bars), images.names[index]
+        )
 
     record = {
         "source": images.origin,
-        "resolution": size,
+        "resolution": size and (size[0] if size[0] == size[1] else list(size)),
         "transform": transform,
+        **({"pad_colour": bars} if transform in ("pad", "center-crop-wide") else {}),
         "resize_filter": resize_filter,
         "colour": colour,
         "max_images": max_images,
@@ -158,20 +174,45 @@ def main(source, dest, resolution, transform, resize_filter, max_images, labels,
     )
 
 
-def parse_resolution(text: str | None) -> int | None:
-    """Return 16 for '16' or '16x16', and None for None.
+def parse_resolution(text: str | None, wide: bool = False) -> tuple[int, int] | None:
+    """Return (16, 16) for '16' or '16x16', and None for None.
+
+    Args:
+        text: of the option.
+        wide: expect a rectangle that is wider than high, as in '32x18'.
 
     Raises:
         InputError: for anything else.
     """
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", (text or "").strip().lower())
+    width, height = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if wide:
+        if not 0 < height < width:
+            raise InputError("--transform=center-crop-wide needs --resolution=WxH with W above H, such as 512x288")
+        return width, height
     if text is None:
         return None
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
-    if not match or int(match[1]) == 0:
+    if not width or not height:
         raise InputError(f"--resolution must be a positive number such as 16 or 16x16, not {text!r}")
-    if match[2] and int(match[2]) != int(match[1]):
+    if width != height:
         raise InputError(f"--resolution={text} is not square; data sets have square images")
-    return int(match[1])
+    return width, height
+
+
+def check_colour_name(text: str) -> str:
+    """Return the name of a colour that Pillow knows.
+
+    Raises:
+        InputError: it does not.
+    """
+    from PIL import ImageColor
+
+    try:
+        if len(ImageColor.getrgb(text)) == 3:
+            return text
+    except ValueError:
+        pass
+    raise InputError(f"--pad-colour must be a name such as white, or #rrggbb, not {text!r}")
 
 
 if __name__ == "__main__":

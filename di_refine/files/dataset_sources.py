@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from di_refine.errors import InputError
 from di_refine.files.datasets import ImageFiles, label_array
@@ -225,19 +225,43 @@ def check_colour(image: Image.Image, name: str, colour: str) -> Image.Image:
     return image.convert({"grey": "L", "rgb": "RGB"}[colour])
 
 
-def fit(image: Image.Image, name: str, size: int | None, transform: str, resize_filter: str) -> Image.Image:
-    """Crop and resize an image to a square.
+def fit(
+    image: Image.Image,
+    name: str,
+    size: tuple[int, int] | None,
+    transform: str,
+    resize_filter: str,
+    pad_colour: str = "black",
+) -> Image.Image:
+    """Bring an image to a square.
+
+    Args:
+        image: greyscale or RGB.
+        name: for messages.
+        size: width and height to resize to; None keeps the size. They differ for 'center-crop-wide' alone, where bars
+            above and below make the square.
+        transform: 'none', 'center-crop', 'center-crop-wide' or 'pad'.
+        resize_filter: of Pillow.
+        pad_colour: of what is added; any that Pillow knows.
 
     Raises:
-        InputError: when it is not square and not to be cropped.
+        InputError: when it is not square and nothing is to be done about it.
     """
     width, height = image.size
-    if width != height:
-        if transform != "center-crop":
-            raise InputError(f"image {name} is {width}x{height}, not square; use transform=center-crop")
+    method = Image.Resampling[resize_filter.upper()]
+    if transform == "center-crop":
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         image = image.crop((left, top, left + side, top + side))
-    if size is not None and image.width != size:
-        image = image.resize((size, size), Image.Resampling[resize_filter.upper()])
-    return image
+    elif transform == "center-crop-wide" and size is not None:
+        image = ImageOps.fit(image, size, method)
+    elif transform == "none" and width != height:
+        raise InputError(
+            f"image {name} is {width}x{height}, not square; use transform=center-crop, center-crop-wide or pad"
+        )
+    if transform in ("center-crop-wide", "pad"):
+        side = max(image.size) if size is None else size[0]
+        if round(min(image.size) * side / max(image.size)) == 0:
+            raise InputError(f"image {name} is {width}x{height}, too narrow for {side}x{side}; leave it out")
+        return ImageOps.pad(image, (side, side), method, pad_colour)
+    return image if size is None or image.size == size else image.resize(size, method)

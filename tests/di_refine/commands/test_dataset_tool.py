@@ -103,6 +103,28 @@ def test_center_crop_and_resolution_unite_sizes(tmp_path):
     assert (result["images"], result["resolution"], result["classes"]) == (3, 4, 0)
 
 
+def test_bars_make_squares_of_whole_images(tmp_path):
+    wide = picture(tmp_path / "in" / "a.png", (10, 6))
+    tall = picture(tmp_path / "in" / "b.png", (6, 10))
+    good(tmp_path / "in", tmp_path / "out.zip", "--transform=pad", "--pad-colour=#ff8000")
+    images = ImageDataset(tmp_path / "out.zip").images([0, 1]).transpose(0, 2, 3, 1)
+    assert np.array_equal(images[0, 2:8], wide) and (images[0, :2] == [255, 128, 0]).all()
+    assert np.array_equal(images[1, :, 2:8], tall) and (images[1, :, 8:] == [255, 128, 0]).all()
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        assert json.loads(archive.read("dataset.json"))["conversion"]["pad_colour"] == "#ff8000"
+    result = good(CASES / "rectangles", tmp_path / "out2.zip", "--transform=pad", "--resolution=16")
+    image = ImageDataset(tmp_path / "out2.zip").images([0])[0]
+    assert result["resolution"] == 16 and not image[:, :3].any() and not image[:, -3:].any() and image[:, 4:12].any()
+
+
+def test_center_crop_wide_cuts_a_rectangle_and_adds_bars(tmp_path):
+    pixels = picture(tmp_path / "in" / "a.png", (16, 16))
+    options = ["--transform=center-crop-wide", "--resolution=16x8"]
+    good(tmp_path / "in", tmp_path / "out.zip", *options)
+    image = ImageDataset(tmp_path / "out.zip").images([0])[0].transpose(1, 2, 0)
+    assert np.array_equal(image[4:12], pixels[4:12]) and not image[:4].any() and not image[12:].any()
+
+
 def test_conversion_of_a_data_set_keeps_its_labels(tmp_path, photos):
     good(photos, tmp_path / "a.zip")
     assert good(tmp_path / "a.zip", tmp_path / "b.zip", "--grey")["channels"] == 1
@@ -268,6 +290,11 @@ def _add(name, **settings):
         (None, ["--resolution=0"], "--resolution must be a positive number such as 16 or 16x16, not '0'"),
         (None, ["--resolution=-4"], "--resolution must be"),
         (None, ["--resolution=16x8"], "--resolution=16x8 is not square"),
+        (None, ["--transform=center-crop-wide"], "--transform=center-crop-wide needs --resolution=WxH"),
+        (None, ["--transform=center-crop-wide", "--resolution=8x16"], "needs --resolution=WxH with W above H"),
+        (None, ["--pad-colour=white"], "--pad-colour is of bars, which --transform=pad and center-crop-wide alone"),
+        (None, ["--transform=pad", "--pad-colour=whitish"], "--pad-colour must be a name such as white, or #rrggbb"),
+        (_add("ape/0.png", size=(99, 1)), ["--transform=pad", "--resolution=8"], "image ape/0.png is 99x1, too narrow"),
         (None, ["--resize-filter=sinc"], "'--resize-filter': 'sinc' is not one of"),
         (None, ["--max-images=0"], "'--max-images': 0 is not in the range x>=1"),
         (None, ["--labels=json"], "--labels=json: "),
