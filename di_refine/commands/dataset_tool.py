@@ -18,8 +18,8 @@ from di_refine.errors import InputError
     "--source",
     required=True,
     metavar="PATH|digits",
-    help="Read the images from a folder, a zip file or cifar-10-python.tar.gz; the word digits stands for "
-    "scikit-learn's 8x8 handwritten digits.",
+    help="Read the images from a folder, a zip file, an .npz file with uint8 images [N, H, W, C] in arr_0, or "
+    "cifar-10-python.tar.gz; the word digits stands for scikit-learn's 8x8 handwritten digits.",
 )
 @click.option("--dest", required=True, metavar="FILE.zip", help="Write the data set to this file.")
 @click.option(
@@ -50,7 +50,7 @@ from di_refine.errors import InputError
     "--labels",
     type=click.Choice(["auto", "folder", "json", "none"]),
     default="auto",
-    help="Take classes from folder names or from the source's dataset.json; auto takes whichever is there.",
+    help="Take classes from folder names, or from the source's dataset.json or arr_1; auto takes whichever is there.",
 )
 @click.option(
     "--grey/--rgb",

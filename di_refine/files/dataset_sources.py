@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from di_refine.errors import InputError
-from di_refine.files.datasets import ImageFiles, label_array
+from di_refine.files.datasets import ArrayFiles, ImageFiles, label_array, open_files
 
 CIFAR_MEMBERS = [f"cifar-10-batches-py/data_batch_{number}" for number in range(1, 6)]
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -75,7 +75,7 @@ def open_source(source: str, labels: str) -> Source:
         if labels == "none":
             opened.labels = opened.classes = None
         return opened
-    return files_source(ImageFiles(source, "source"), labels)
+    return files_source(open_files(source, "source"), labels)
 
 
 def digits_source() -> Source:
@@ -156,15 +156,13 @@ class _ArrayUnpickler(pickle.Unpickler):
         return self.ALLOWED[module, name]
 
 
-def files_source(files: ImageFiles, labels: str) -> Source:
-    """Open the images of a folder or zip file, in the order of their names.
+def files_source(files: ImageFiles | ArrayFiles, labels: str) -> Source:
+    """Open the images of a folder, a zip file or an .npz file, in the order of their names.
 
     Raises:
-        InputError: there are no images, or not the labels that are asked for.
+        InputError: there are not the labels that are asked for.
     """
     names = files.image_names
-    if not names:
-        raise InputError(files.no_images())
     source = Source(
         files.path.resolve().name,
         names,
@@ -172,7 +170,7 @@ def files_source(files: ImageFiles, labels: str) -> Source:
         notes=files.notes,
         skipped=files.skipped,
     )
-    if labels == "json" or (labels == "auto" and "dataset.json" in files.names):
+    if labels == "json" or (labels == "auto" and (isinstance(files, ArrayFiles) or "dataset.json" in files.names)):
         by_name = files.labels()
         if by_name is not None:
             source.labels = [by_name[name] for name in names]

@@ -10,6 +10,7 @@ classes' names. Other keys are ignored.
 
 import copy
 import hashlib
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +79,7 @@ class ImageFiles:
     """
 
     def __init__(self, path: str | os.PathLike, setting: str = "data"):
-        self.path, self._setting = Path(path), setting
+        self.path = Path(path)
         self.remarks: dict[str, set[str]] = {}
         self._archive: zipfile.ZipFile | None = None
         self._lock = threading.Lock()
@@ -183,10 +185,6 @@ class ImageFiles:
             notes.append(f"passed over what are no images in a format that can be read: {kinds}")
         return notes
 
-    def no_images(self) -> str:
-        """Return the message for a source without images."""
-        return "; ".join([f"{self._setting}={self.path} holds no images", *self.notes()])
-
     def labels(self) -> dict[str, int | list[float]] | None:
         """Return the labels in `dataset.json` by image name, or None where there are none.
 
@@ -256,6 +254,90 @@ class ImageFiles:
         self.__dict__.update(state, _lock=threading.Lock())
 
 
+class ArrayFiles:
+    """Images in the array `arr_0` of an .npz file, in the place of `ImageFiles`; diffusion projects write samples so.
+
+    `arr_1` may hold their class numbers.
+
+    Args:
+        path: the file.
+        setting: the name of the setting that holds it, for messages.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or the arrays are others.
+    """
+
+    def __init__(self, path: str | os.PathLike, setting: str = "data"):
+        self.path = Path(path)
+        where = f"{setting}={path}"
+        if not self.path.is_file():
+            raise InputError(f"{where} does not exist")
+        try:
+            with np.load(self.path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in ("arr_0", "arr_1") if name in archive.files}
+                others = [name for name in archive.files if name not in arrays]
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(f"{where} is no file of arrays, or it is damaged ({_reason(error)})") from None
+        if "arr_0" not in arrays:
+            raise InputError(
+                f"{where} holds no images, which would be in arr_0; it has {', '.join(others) or 'nothing'}"
+            )
+        pixels = arrays["arr_0"]
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3, 4) or pixels.size == 0:
+            raise InputError(
+                f"{where}: arr_0 is {pixels.dtype} {list(pixels.shape)}, not uint8 [N, H, W, C] with 1, 3 or 4 channels"
+            )
+        self._pixels = pixels[..., 0] if pixels.shape[3] == 1 else pixels
+        self._classes = arrays.get("arr_1")
+        if self._classes is not None and (
+            self._classes.shape != pixels.shape[:1] or self._classes.dtype.kind not in "iu"
+        ):
+            raise InputError(
+                f"{where}: arr_1 is not one class number for each of the {len(pixels)} images; leave it out"
+            )
+        self.skipped = dict.fromkeys(others, 1)
+        self.names = self.image_names = [f"arr_0[{index}]" for index in range(len(pixels))]
+        self._index = {name: index for index, name in enumerate(self.names)}
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open the pixels of one image for reading."""
+        return io.BytesIO(self._pixels[self._index[name]].tobytes())
+
+    def image(self, name: str) -> Image.Image:
+        """Return one image."""
+        return Image.fromarray(self._pixels[self._index[name]])
+
+    def header(self, name: str) -> tuple[tuple[int, int], str]:
+        """Return (width, height) and Pillow mode of one image."""
+        image = self.image(self.names[0])  # all are alike
+        return image.size, image.mode
+
+    def labels(self) -> dict[str, int] | None:
+        """Return the class numbers by image name, or None where there are none."""
+        return None if self._classes is None else dict(zip(self.names, self._classes.tolist()))
+
+    def class_names(self) -> None:
+        """Return nothing: the file does not say what classes mean."""
+
+    def notes(self) -> list[str]:
+        """Return a sentence about arrays that were passed over."""
+        return [f"passed over arrays that are no images: {', '.join(self.skipped)}"] if self.skipped else []
+
+
+def open_files(path: str | os.PathLike, setting: str = "data") -> ImageFiles | ArrayFiles:
+    """Open a folder, a zip file or an .npz file of images, named by a setting.
+
+    Raises:
+        InputError: it is none of these, or has no images.
+    """
+    if Path(path).suffix.lower() == ".npz":
+        return ArrayFiles(path, setting)
+    files = ImageFiles(path, setting)
+    if not files.image_names:
+        raise InputError("; ".join([f"{setting}={path} holds no images", *files.notes()]))
+    return files
+
+
 def label_array(values: Sequence[Any], names: Sequence[str], path: Path) -> np.ndarray:
     """Return class numbers [N] as int64, or label vectors [N, L] as float32.
 
@@ -301,7 +383,7 @@ class ImageDataset:
     """Square images of one size with optional labels.
 
     Args:
-        path: a zip file or folder in the layout of this module's docstring.
+        path: a zip file or folder in the layout of this module's docstring, or an .npz file as `ArrayFiles` reads it.
         mirror: append a left-right mirrored copy of every image, which doubles the data set.
         setting: the name of the setting that holds the path, for messages.
 
@@ -311,11 +393,9 @@ class ImageDataset:
     """
 
     def __init__(self, path: str | os.PathLike, mirror: bool = False, setting: str = "data"):
-        self.files = ImageFiles(path, setting)
+        self.files = open_files(path, setting)
         self.path, self.mirror, self.setting = self.files.path, mirror, setting
         self._names = self.files.image_names
-        if not self._names:
-            raise InputError(self.files.no_images())
         self.resolution, self.num_channels = self._check_headers()
         self._labels = self._read_labels()
         if distributed.is_first():

@@ -209,6 +209,14 @@ def test_damaged_images_are_all_named_or_left_out(tmp_path, photos):
     assert result.exit_code == 2 and "none is left" in result.stderr and not (tmp_path / "none.zip").exists()
 
 
+def test_arrays_of_samples_are_a_source(tmp_path):
+    result = good(CASES / "samples_adm.npz", tmp_path / "out.zip")
+    expected, made = ImageDataset(CASES / "samples_adm.npz"), ImageDataset(tmp_path / "out.zip")
+    assert np.array_equal(made.decode_all(), expected.decode_all()) and result["images"] == 32
+    assert result["class_counts"] == expected.class_counts().tolist()
+    assert good(CASES / "samples_adm.npz", tmp_path / "b.zip", "--labels=none")["classes"] == 0
+
+
 def test_transparency_becomes_white(tmp_path):
     (tmp_path / "in").mkdir()
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "in" / "a.png")

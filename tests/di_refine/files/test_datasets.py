@@ -256,6 +256,38 @@ def test_damaged_images_are_all_named(tmp_path):
             read()
 
 
+def test_arrays_of_samples_are_a_data_set(tmp_path, capsys):
+    with np.load(CASES / "samples_adm.npz") as archive:
+        pixels, numbers = archive["arr_0"], archive["arr_1"]
+    dataset = pickle.loads(pickle.dumps(ImageDataset(CASES / "samples_adm.npz")))
+    assert np.array_equal(dataset.decode_all(), pixels.transpose(0, 3, 1, 2))
+    assert np.array_equal(dataset.labels(range(32)).argmax(axis=1), numbers)
+    np.savez(tmp_path / "grey.npz", arr_0=pixels[..., :1], mu=np.zeros(3))
+    grey = ImageDataset(tmp_path / "grey.npz")
+    assert (grey.num_channels, grey.label_dim) == (1, 0) and grey.content_hash() != dataset.content_hash()
+    assert "passed over arrays that are no images: mu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "holds no images, which would be in arr_0; it has mu, sigma"),
+        ({"arr_0": np.zeros([2, 4, 4, 3], np.float32)}, r"arr_0 is float32 \[2, 4, 4, 3\], not uint8"),
+        ({"arr_0": np.zeros([0, 4, 4, 3], np.uint8)}, "not uint8"),
+        ({"arr_0": np.zeros([2, 4, 4, 3], np.uint8), "arr_1": np.zeros(3, int)}, "arr_1 is not one class number"),
+        ({"arr_0": np.array([{}])}, "is no file of arrays, or it is damaged"),
+        ({"arr_0": np.zeros([2, 4, 6, 3], np.uint8)}, r"image arr_0\[0\] is 6x4, not square"),
+    ],
+)
+def test_other_arrays_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(InputError, match=message):
+        ImageDataset(tmp_path / "a.npz")
+    (tmp_path / "a.npz").write_bytes(b"PK")
+    with pytest.raises(InputError, match="is no file of arrays, or it is damaged"):
+        ImageDataset(tmp_path / "a.npz")
+
+
 def test_check_compatible(dataset):
     dataset.check_compatible(8, 3, 3)
     dataset.check_compatible(8, 3, 0)
