@@ -90,6 +90,7 @@ def main(
     )
     from di_refine.files.datasets import DamagedImages, absent_classes
     from di_refine.files.download import sha256_of
+    from di_refine.pretraining.gan import is_size
     from torch_utils.misc import open_atomic
 
     size = parse_resolution(resolution, wide=transform == "center-crop-wide")
@@ -150,6 +151,9 @@ def main(
     notes, counts = images.notes(), class_counts(images.labels, images.classes)
     if faults:
         notes.append(f"left out: {DamagedImages(Path(source), faults)}")
+    side = first.size[0]
+    if not is_size(side):
+        notes.append(f"{side}x{side} is no size that pretrain.py gan takes, which are powers of two from 8 on")
     if absent := absent_classes(counts):
         notes.append(absent)
     for note in notes:
@@ -161,7 +165,7 @@ def main(
         {
             "dest": dest,
             "images": len(labelled),
-            "resolution": first.size[0],
+            "resolution": side,
             "channels": 1 if first.mode == "L" else 3,
             "classes": images.num_classes,
             "class_names": images.classes,

@@ -217,6 +217,13 @@ def test_arrays_of_samples_are_a_source(tmp_path):
     assert good(CASES / "samples_adm.npz", tmp_path / "b.zip", "--labels=none")["classes"] == 0
 
 
+def test_a_size_that_a_gan_would_refuse_is_said(tmp_path, photos):
+    for size, said in [(24, True), (4, True), (16, False)]:
+        result = convert(photos, tmp_path / f"{size}.zip", f"--resolution={size}")
+        assert result.exit_code == 0
+        assert (f"note: {size}x{size} is no size that pretrain.py gan takes" in result.stderr) == said
+
+
 def test_transparency_becomes_white(tmp_path):
     (tmp_path / "in").mkdir()
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "in" / "a.png")
