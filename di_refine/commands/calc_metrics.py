@@ -46,7 +46,9 @@ class CalcConfig(Settings):
     network: tuple[str, ...] = setting(
         (), "Measure this network, or every snapshot of this run directory; repeatable.", metavar="PATH|URL|NAME"
     )
-    images: tuple[str, ...] = setting((), "Measure the images in this folder or zip file; repeatable.", metavar="PATH")
+    images: tuple[str, ...] = setting(
+        (), "Measure the images in this folder, zip file, or .npz file with arr_0; repeatable.", metavar="PATH"
+    )
     metrics: str | None = setting(
         None,
         "Compute these metrics, separated by commas, as in fd2k_full@digits.",

@@ -131,12 +131,24 @@ def load(kind: str, parts: tuple[type[Settings], ...], values: dict[str, Any], d
     if own.cond and not dataset.has_labels:
         raise InputError(f"`cond` needs labels, and data={own.data} has none; add them, or give --no-cond")
     label_dim = dataset.label_dim if own.cond in (None, True) else 0
+    if label_dim:
+        note_absent_classes(dataset)
     batch, seed = values["batch"], values["seed"]
     stream = Stream(dataset, batch, seed, device, own.workers, label_dim > 0, as_float=False)
     evaluator = make_evaluator(measure.metrics, [], measure.ref or dataset, measure, device, own.workers)
     if evaluator is None and loop.stop_if_worse:
         raise InputError("`stop_if_worse` goes by the first metric, and there is none; give `metrics`")
     return Material(kind, settings, loop, run, measure, seed, device, dataset, label_dim, stream, evaluator)
+
+
+def note_absent_classes(dataset: ImageDataset) -> None:
+    """Say on stderr which classes have no image."""
+    from di_refine.files.datasets import absent_classes
+    from torch_utils import distributed
+
+    absent = absent_classes(dataset.class_counts()) if dataset.has_classes else None
+    if absent and distributed.is_first():
+        click.echo(f"note: {dataset.setting}={dataset.path}: {absent}", err=True)
 
 
 def train(
@@ -316,6 +328,7 @@ def features(device, **values):
     for part in filter(None, (dataset, test)):
         if not part.has_labels:
             raise InputError(f"{part.setting}={part.path} has no labels, which a classifier needs; see dataset_tool.py")
+        note_absent_classes(part)
     if test is not None:
         test.check_compatible(dataset.resolution, dataset.num_channels, what="data set of --data")
         if test.label_dim > dataset.label_dim:

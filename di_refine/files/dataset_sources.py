@@ -6,18 +6,19 @@ import re
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from di_refine.errors import InputError
-from di_refine.files.datasets import ImageFiles
+from di_refine.files.datasets import ArrayFiles, ImageFiles, label_array, open_files
 
 CIFAR_MEMBERS = [f"cifar-10-batches-py/data_batch_{number}" for number in range(1, 6)]
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+COLOURS = ("L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")  # modes that Pillow can turn into RGB
 
 
 @dataclass
@@ -30,6 +31,8 @@ class Source:
         read: gives image number i of `names`; called from several threads.
         labels: class number or label vector of each image, or None.
         classes: what the class numbers mean, where that is known.
+        notes: gives sentences about the images that were read so far, and about other files there.
+        skipped: number of other files by extension.
     """
 
     origin: str
@@ -37,12 +40,14 @@ class Source:
     read: Callable[[int], Image.Image]
     labels: list[Any] | None = None
     classes: list[str] | None = None
+    notes: Callable[[], list[str]] = list
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def subset(self, chosen: list[int]) -> "Source":
         """Return only the images with these numbers."""
         labels = None if self.labels is None else [self.labels[index] for index in chosen]
         names = [self.names[index] for index in chosen]
-        return Source(self.origin, names, lambda index: self.read(chosen[index]), labels, self.classes)
+        return replace(self, names=names, read=lambda index: self.read(chosen[index]), labels=labels)
 
     @property
     def num_classes(self) -> int:
@@ -70,7 +75,7 @@ def open_source(source: str, labels: str) -> Source:
         if labels == "none":
             opened.labels = opened.classes = None
         return opened
-    return files_source(ImageFiles(source, "source"), labels)
+    return files_source(open_files(source, "source"), labels)
 
 
 def digits_source() -> Source:
@@ -151,20 +156,26 @@ class _ArrayUnpickler(pickle.Unpickler):
         return self.ALLOWED[module, name]
 
 
-def files_source(files: ImageFiles, labels: str) -> Source:
-    """Open the images of a folder or zip file, in the order of their names.
+def files_source(files: ImageFiles | ArrayFiles, labels: str) -> Source:
+    """Open the images of a folder, a zip file or an .npz file, in the order of their names.
 
     Raises:
-        InputError: there are no images, or not the labels that are asked for.
+        InputError: there are not the labels that are asked for.
     """
     names = files.image_names
-    if not names:
-        raise InputError(f"source={files.path} holds no images")
-    source = Source(files.path.resolve().name, names, lambda index: files.image(names[index]))
-    if labels == "json" or (labels == "auto" and "dataset.json" in files.names):
+    source = Source(
+        files.path.resolve().name,
+        names,
+        lambda index: files.image(names[index]),
+        notes=files.notes,
+        skipped=files.skipped,
+    )
+    if labels == "json" or (labels == "auto" and (isinstance(files, ArrayFiles) or "dataset.json" in files.names)):
         by_name = files.labels()
         if by_name is not None:
             source.labels = [by_name[name] for name in names]
+            label_array(source.labels, names, files.path)
+            source.classes = files.class_names()
         elif labels == "json":
             raise InputError(f"labels=json: {files.path} has no labels in a dataset.json")
     elif labels in ("folder", "auto"):
@@ -196,37 +207,59 @@ def check_colour(image: Image.Image, name: str, colour: str) -> Image.Image:
         colour: 'keep', 'grey' or 'rgb'.
 
     Raises:
-        InputError: when it has another mode and is to be kept, or more than 8 bits per channel.
+        InputError: when it has another mode and is to be kept, or numbers that are no colours.
     """
-    if image.mode.startswith(("I", "F")):
-        raise InputError(
-            f"image {name} has more than 8 bits per channel (Pillow mode {image.mode}); convert it to 8 bits"
-        )
+    if image.mode not in COLOURS:
+        raise InputError(f"image {name} has Pillow mode {image.mode}, which is no colour; convert it to 8-bit RGB")
     if colour == "keep":
         if image.mode not in ("L", "RGB"):
             raise InputError(
                 f"image {name} has Pillow mode {image.mode}; convert it with dataset_tool.py --grey or --rgb"
             )
         return image
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode in ("RGBA", "LA"):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert({"grey": "L", "rgb": "RGB"}[colour])
 
 
-def fit(image: Image.Image, name: str, size: int | None, transform: str, resize_filter: str) -> Image.Image:
-    """Crop and resize an image to a square.
+def fit(
+    image: Image.Image,
+    name: str,
+    size: tuple[int, int] | None,
+    transform: str,
+    resize_filter: str,
+    pad_colour: str = "black",
+) -> Image.Image:
+    """Bring an image to a square.
+
+    Args:
+        image: greyscale or RGB.
+        name: for messages.
+        size: width and height to resize to; None keeps the size. They differ for 'center-crop-wide' alone, where bars
+            above and below make the square.
+        transform: 'none', 'center-crop', 'center-crop-wide' or 'pad'.
+        resize_filter: of Pillow.
+        pad_colour: of what is added; any that Pillow knows.
 
     Raises:
-        InputError: when it is not square and not to be cropped.
+        InputError: when it is not square and nothing is to be done about it.
     """
     width, height = image.size
-    if width != height:
-        if transform != "center-crop":
-            raise InputError(f"image {name} is {width}x{height}, not square; use transform=center-crop")
+    method = Image.Resampling[resize_filter.upper()]
+    if transform == "center-crop":
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         image = image.crop((left, top, left + side, top + side))
-    if size is not None and image.width != size:
-        image = image.resize((size, size), Image.Resampling[resize_filter.upper()])
-    return image
+    elif transform == "center-crop-wide" and size is not None:
+        image = ImageOps.fit(image, size, method)
+    elif transform == "none" and width != height:
+        raise InputError(
+            f"image {name} is {width}x{height}, not square; use transform=center-crop, center-crop-wide or pad"
+        )
+    if transform in ("center-crop-wide", "pad"):
+        side = max(image.size) if size is None else size[0]
+        if round(min(image.size) * side / max(image.size)) == 0:
+            raise InputError(f"image {name} is {width}x{height}, too narrow for {side}x{side}; leave it out")
+        return ImageOps.pad(image, (side, side), method, pad_colour)
+    return image if size is None or image.size == size else image.resize(size, method)

@@ -7,17 +7,20 @@ import contextlib
 import io
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from PIL import Image
 
 from di_refine.errors import InputError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Picture:
         return Picture(name, image.size, image.mode, file.getvalue())
 
 
-def map_in_order(function: Callable[[Any], Picture], items: Iterable[Any], ahead: int = 256) -> Iterator[Picture]:
+def map_in_order(function: Callable[[Any], T], items: Iterable[Any], ahead: int = 256) -> Iterator[T]:
     """Map as `map` does, in order, but by several threads, taking `ahead` items at a time."""
     items = iter(items)
     with ThreadPoolExecutor() as pool:
@@ -58,7 +61,6 @@ def write_archive(
     labels: Sequence[int] | Sequence[list[float]] | None,
     record: dict[str, Any],
     classes: Sequence[str] | None = None,
-    written_one: Callable[[], None] | None = None,
 ) -> Picture:
     """Write the zip file of a data set.
 
@@ -68,8 +70,7 @@ def write_archive(
         labels: class number or label vector of each image. It is read after the last picture, so whoever makes the
             pictures may fill the list.
         record: how the images came about; it is kept in `dataset.json` under "conversion".
-        classes: what the class numbers mean.
-        written_one: a function to call after each image.
+        classes: what the class numbers mean; kept under "classes", and the images of each under "class_counts".
 
     Returns:
         The first picture.
@@ -94,14 +95,27 @@ def write_archive(
                 )
             written.append(f"{index // 1000:05d}/img{index:08d}.png")
             archive.writestr(_entry(written[-1]), picture.png)
-            if written_one is not None:
-                written_one()
         pairs = None if labels is None else [list(pair) for pair in zip(written, labels)]
-        content = {"labels": pairs, **({"classes": classes} if classes else {}), "conversion": record}
+        counts = class_counts(labels, classes)
+        known = {"classes": classes, "class_counts": counts}
+        content = {"labels": pairs, **{key: value for key, value in known.items() if value}, "conversion": record}
         archive.writestr(_entry("dataset.json"), json.dumps(content))
     if first is None:
         raise ValueError("a data set has at least one picture")
     return first
+
+
+def class_counts(labels: Sequence[Any] | None, classes: Sequence[str] | None = None) -> list[int]:
+    """Return the number of images of each class; [] where there are no labels, or they are vectors.
+
+    Args:
+        labels: of the images.
+        classes: names of the classes, some of which may have no image.
+    """
+    if not labels or not isinstance(labels[0], int):
+        return []
+    counts = Counter(labels)
+    return [counts[number] for number in range(max(max(counts) + 1, len(classes or ())))]
 
 
 def _entry(name: str) -> zipfile.ZipInfo:

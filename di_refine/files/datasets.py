@@ -1,10 +1,11 @@
 """Image data sets in the layout of the StyleGAN family, and training batches from them.
 
-A data set is a zip file or a folder of PNG or JPEG images, in sub-folders or not, with an optional `dataset.json`:
+A data set is a zip file or a folder of images, PNG as a rule, in sub-folders or not, with an optional `dataset.json`:
 
     {"labels": [["00000/img00000000.png", 6], ["00000/img00000001.png", 9], ...]}
 
-A label is a class number or a list of numbers; `"labels": null` means there are none. Other keys are ignored.
+A label is a class number or a list of numbers; `"labels": null` means there are none. `"classes"` may be a list of the
+classes' names. Other keys are ignored.
 """
 
 import copy
@@ -13,9 +14,12 @@ import io
 import json
 import os
 import signal
+import sys
 import threading
 import time
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -26,12 +30,36 @@ import torch
 from PIL import Image
 
 from di_refine.errors import InputError
+from di_refine.files import decoding
 from torch_utils import distributed
 from torch_utils.misc import derive_seed
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 MAX_CLASSES = 100_000  # one-hot labels of more would not fit anywhere, so a larger number is a mistake in the file
 MEMORY_LIMIT = 2 << 30  # bytes of decoded images kept in memory
+
+
+class DamagedImages(InputError):
+    """Some images are damaged, or no images at all; the message names the first of them.
+
+    Attributes:
+        path: of the folder or zip file.
+        faults: name -> what is wrong with it.
+    """
+
+    SHOWN = 10
+
+    def __init__(self, path: Path, faults: dict[str, str]):
+        self.path, self.faults = path, faults
+        if len(faults) == 1:
+            ((name, fault),) = faults.items()
+            super().__init__(f"{path}: image {name} is damaged or not an image ({fault})")
+            return
+        shown = [f"{name} ({fault})" for name, fault in list(faults.items())[: self.SHOWN]]
+        more = f" and {len(faults) - self.SHOWN} more" if len(faults) > self.SHOWN else ""
+        super().__init__(f"{path}: {len(faults)} images are damaged or not images: {', '.join(shown)}{more}")
+
+    def __reduce__(self):
+        return type(self), (self.path, self.faults)  # worker processes send it
 
 
 class ImageFiles:
@@ -43,29 +71,59 @@ class ImageFiles:
         path: the folder or zip file.
         setting: the name of the setting that holds it, for messages.
 
+    Attributes:
+        remarks: what was met in images that were read (see `decoding`), with the names of the images.
+
     Raises:
         InputError: the path does not exist or is neither a folder nor a zip file.
     """
 
     def __init__(self, path: str | os.PathLike, setting: str = "data"):
         self.path = Path(path)
+        self.remarks: dict[str, set[str]] = {}
         self._archive: zipfile.ZipFile | None = None
         self._lock = threading.Lock()
         self._owner = 0
         if self.path.is_dir():
             found = (Path(root, file) for root, _, files in os.walk(self.path) for file in files)
-            names = [file.relative_to(self.path).as_posix() for file in found]
+            stored = [(name, name) for name in (file.relative_to(self.path).as_posix() for file in found)]
             self._is_zip = False
         elif not self.path.is_file():
             raise InputError(f"{setting}={path} does not exist; give a folder or zip file of images")
         else:
             self._is_zip = True
             try:
-                names = [entry.filename for entry in self._zip().infolist() if not entry.is_dir()]
+                stored = [(entry.filename, _archived_name(entry)) for entry in self._zip().infolist()]
             except (zipfile.BadZipFile, ValueError):
                 raise InputError(f"{setting}={path} is neither a folder nor a zip file, or it is damaged") from None
-        self.names = sorted(name for name in names if not _is_hidden(name))
-        self.image_names = [name for name in self.names if name.lower().endswith(EXTENSIONS)]
+        #: How many files, by extension, are no images and were passed over.
+        self.skipped: dict[str, int] = {}
+        #: Name -> what the file system or the archive calls the file.
+        self._stored: dict[str, str] = {}
+        for original, spelled in sorted(stored):
+            name = spelled.replace("\\", "/")  # some Windows programs write zip files so
+            if name.endswith("/"):
+                continue
+            is_image = name.lower().endswith(decoding.EXTENSIONS)
+            if _is_hidden(name) or not (is_image or name == "dataset.json"):
+                kind = "hidden" if _is_hidden(name) else PurePosixPath(name.lower()).suffix or "without extension"
+                self.skipped[kind] = self.skipped.get(kind, 0) + 1
+                continue
+            if not _is_unicode(name):
+                shown = original.encode(errors="backslashreplace").decode()
+                raise InputError(
+                    f"{setting}={path} has file names that are not UTF-8 (such as {shown}); {self._advice()}"
+                )
+            if name in self._stored:
+                raise InputError(f"{setting}={path} holds two files named {name}; rename one of them")
+            self._stored[name] = original
+        self.names = sorted(self._stored)
+        self.image_names = [name for name in self.names if name != "dataset.json"]
+
+    def _advice(self) -> str:
+        if self._is_zip:
+            return "unpack it with a program that is told their encoding, as in unzip -O GBK, and give the folder"
+        return "rename them, as convmv -f GBK -t UTF-8 does"
 
     def open(self, name: str) -> IO[bytes]:
         """Open one file for reading.
@@ -74,65 +132,115 @@ class ImageFiles:
             InputError: the file cannot be opened; the message names it.
         """
         try:
-            return self._zip().open(name) if self._is_zip else open(self.path / name, "rb")
+            original = self._stored[name]
+            return self._zip().open(original) if self._is_zip else open(self.path / original, "rb")
         except (zipfile.BadZipFile, OSError, KeyError, RuntimeError, NotImplementedError) as error:
             raise InputError(f"{self.path}: cannot read {name} ({_reason(error)})") from None
 
     def image(self, name: str) -> Image.Image:
-        """Decode one image.
+        """Decode one image, upright.
 
         Raises:
-            InputError: the image is damaged or no image at all; the message names it.
+            DamagedImages: the image is damaged or no image at all.
         """
         try:
             with self._lock, self.open(name) as file:  # ZipFile counts its open members without a lock
                 content = file.read()
-            image = Image.open(io.BytesIO(content))
-            image.load()
-            return image
+            image, remarks = decoding.decode(content, name)
         except InputError:
             raise
         except Exception as error:  # Pillow and zipfile raise a dozen unrelated types for damaged data
-            raise InputError(f"{self.path}: image {name} is damaged or not an image ({_reason(error)})") from None
+            raise DamagedImages(self.path, {name: _reason(error)}) from None
+        self._remember(name, remarks)
+        return image
 
     def header(self, name: str) -> tuple[tuple[int, int], str]:
-        """Return (width, height) and Pillow mode of one image, without decoding its pixels.
+        """Return (width, height) and Pillow mode of what `image` gives, without decoding it where the header tells.
 
         Raises:
             InputError: as `image` does.
         """
         try:
-            with self.open(name) as file, Image.open(file) as image:
-                return image.size, image.mode
+            with self.open(name) as file:
+                size, mode, remarks = decoding.header(file, name)
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"{self.path}: image {name} is damaged or not an image ({_reason(error)})") from None
+            raise DamagedImages(self.path, {name: _reason(error)}) from None
+        self._remember(name, remarks)
+        return size, mode
+
+    def _remember(self, name: str, remarks: set[str]) -> None:
+        for remark in remarks:
+            self.remarks.setdefault(remark, set()).add(name)
+
+    def notes(self) -> list[str]:
+        """Return sentences about images read so far that are more than pixels, and about what was passed over."""
+        notes = [
+            f"{len(names)} image{'s' * (len(names) > 1)} {remark} (such as {min(names)})"
+            for remark, names in sorted(self.remarks.items())
+        ]
+        if self.skipped:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.skipped.items()))
+            notes.append(f"passed over what are no images in a format that can be read: {kinds}")
+        return notes
 
     def labels(self) -> dict[str, int | list[float]] | None:
         """Return the labels in `dataset.json` by image name, or None where there are none.
 
         Raises:
-            InputError: the file is malformed, names an image that is not there, or leaves one without a label.
+            InputError: the file is malformed, names an image that is not there or one twice, or leaves one without a
+                label.
         """
-        if "dataset.json" not in self.names:
-            return None
         where = f"{self.path}: dataset.json"
-        try:
-            with self.open("dataset.json") as file:
-                content = json.load(file)
-            entries = content.get("labels")
-            if entries is None:
-                return None
-            labels = {name.replace("\\", "/"): label for name, label in entries}
-        except (ValueError, TypeError, KeyError, AttributeError, zipfile.BadZipFile):
-            raise InputError(f'{where} is malformed; expected {{"labels": [["name", 0], ...]}} or null') from None
+        entries = self._description().get("labels")
+        if entries is None:
+            return None
+        pairs = []
+        for entry in entries if isinstance(entries, list) else [entries]:
+            if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
+                shown = json.dumps(entry)[:60]
+                raise InputError(f'{where} is malformed: among "labels" is {shown}, expected ["name", label]')
+            pairs.append((entry[0].replace("\\", "/"), entry[1]))
+        labels = dict(pairs)
+        if len(labels) < len(pairs):
+            twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+            given = " and ".join(str(label) for name, label in pairs if name == twice)
+            raise InputError(f"{where} lists {twice} more than once (labels {given}); leave one entry for each image")
         known = set(self.image_names)
         if unknown := next((name for name in labels if name not in known), None):
             raise InputError(f"{where} has a label for {unknown}, which is not there")
         if missing := next((name for name in self.image_names if name not in labels), None):
             raise InputError(f"{where} has no label for {missing}; label every image or none")
         return labels
+
+    def class_names(self) -> list[str] | None:
+        """Return what the class numbers mean, if `dataset.json` says so."""
+        names = self._description().get("classes")
+        return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+    def _description(self) -> dict[str, Any]:
+        """Return the content of `dataset.json`, {} where there is none.
+
+        Raises:
+            InputError: it is malformed.
+        """
+        if "dataset.json" not in self.names:
+            return {}
+        where = f"{self.path}: dataset.json"
+        try:
+            with self.open("dataset.json") as file:
+                content = json.load(file)
+        except json.JSONDecodeError as error:
+            place = f"line {error.lineno}, column {error.colno}"
+            raise InputError(f"{where} is malformed at {place} ({error.msg}); mend it there") from None
+        except UnicodeDecodeError:
+            raise InputError(f"{where} is no UTF-8 text; save it as UTF-8") from None
+        except zipfile.BadZipFile as error:
+            raise InputError(f"{where} is damaged ({_reason(error)}); pack the data set anew") from None
+        if not isinstance(content, dict):
+            raise InputError(f'{where} is malformed; expected {{"labels": [["name", 0], ...]}}, not a list or a value')
+        return content
 
     def _zip(self) -> zipfile.ZipFile:
         if self._archive is None or self._owner != os.getpid():  # a forked file handle would share its position
@@ -146,11 +254,136 @@ class ImageFiles:
         self.__dict__.update(state, _lock=threading.Lock())
 
 
+class ArrayFiles:
+    """Images in the array `arr_0` of an .npz file, in the place of `ImageFiles`; diffusion projects write samples so.
+
+    `arr_1` may hold their class numbers.
+
+    Args:
+        path: the file.
+        setting: the name of the setting that holds it, for messages.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or the arrays are others.
+    """
+
+    def __init__(self, path: str | os.PathLike, setting: str = "data"):
+        self.path = Path(path)
+        where = f"{setting}={path}"
+        if not self.path.is_file():
+            raise InputError(f"{where} does not exist")
+        try:
+            with np.load(self.path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in ("arr_0", "arr_1") if name in archive.files}
+                others = [name for name in archive.files if name not in arrays]
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            raise InputError(f"{where} is no file of arrays, or it is damaged ({_reason(error)})") from None
+        if "arr_0" not in arrays:
+            raise InputError(
+                f"{where} holds no images, which would be in arr_0; it has {', '.join(others) or 'nothing'}"
+            )
+        pixels = arrays["arr_0"]
+        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3, 4) or pixels.size == 0:
+            raise InputError(
+                f"{where}: arr_0 is {pixels.dtype} {list(pixels.shape)}, not uint8 [N, H, W, C] with 1, 3 or 4 channels"
+            )
+        self._pixels = pixels[..., 0] if pixels.shape[3] == 1 else pixels
+        self._classes = arrays.get("arr_1")
+        if self._classes is not None and (
+            self._classes.shape != pixels.shape[:1] or self._classes.dtype.kind not in "iu"
+        ):
+            raise InputError(
+                f"{where}: arr_1 is not one class number for each of the {len(pixels)} images; leave it out"
+            )
+        self.skipped = dict.fromkeys(others, 1)
+        self.names = self.image_names = [f"arr_0[{index}]" for index in range(len(pixels))]
+        self._index = {name: index for index, name in enumerate(self.names)}
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open the pixels of one image for reading."""
+        return io.BytesIO(self._pixels[self._index[name]].tobytes())
+
+    def image(self, name: str) -> Image.Image:
+        """Return one image."""
+        return Image.fromarray(self._pixels[self._index[name]])
+
+    def header(self, name: str) -> tuple[tuple[int, int], str]:
+        """Return (width, height) and Pillow mode of one image."""
+        image = self.image(self.names[0])  # all are alike
+        return image.size, image.mode
+
+    def labels(self) -> dict[str, int] | None:
+        """Return the class numbers by image name, or None where there are none."""
+        return None if self._classes is None else dict(zip(self.names, self._classes.tolist()))
+
+    def class_names(self) -> None:
+        """Return nothing: the file does not say what classes mean."""
+
+    def notes(self) -> list[str]:
+        """Return a sentence about arrays that were passed over."""
+        return [f"passed over arrays that are no images: {', '.join(self.skipped)}"] if self.skipped else []
+
+
+def open_files(path: str | os.PathLike, setting: str = "data") -> ImageFiles | ArrayFiles:
+    """Open a folder, a zip file or an .npz file of images, named by a setting.
+
+    Raises:
+        InputError: it is none of these, or has no images.
+    """
+    if Path(path).suffix.lower() == ".npz":
+        return ArrayFiles(path, setting)
+    files = ImageFiles(path, setting)
+    if not files.image_names:
+        raise InputError("; ".join([f"{setting}={path} holds no images", *files.notes()]))
+    return files
+
+
+def label_array(values: Sequence[Any], names: Sequence[str], path: Path) -> np.ndarray:
+    """Return class numbers [N] as int64, or label vectors [N, L] as float32.
+
+    Args:
+        values: of `dataset.json`.
+        names: of the images, for messages.
+        path: of the data set, for messages.
+
+    Raises:
+        InputError: they are neither.
+    """
+    numbers = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
+    if len(numbers) == len(values):
+        if wrong := next(((n, v) for n, v in zip(names, numbers) if not 0 <= v < MAX_CLASSES), None):
+            raise InputError(
+                f"{path}: dataset.json gives {wrong[0]} the label {wrong[1]}; class numbers are 0 to {MAX_CLASSES - 1}"
+            )
+        return np.array(numbers, np.int64)
+    vectors: np.ndarray
+    try:
+        vectors = np.array(values, np.float32)
+    except (ValueError, TypeError, OverflowError):
+        vectors = np.empty(0)
+    if vectors.ndim != 2 or not np.isfinite(vectors).all():
+        raise InputError(f"{path}: labels in dataset.json must be all class numbers, or all vectors of one length")
+    return vectors
+
+
+def absent_classes(counts: Sequence[int] | np.ndarray) -> str | None:
+    """Say which classes have no image; None where all have some.
+
+    Args:
+        counts: images of each class.
+    """
+    absent = [str(number) for number, count in enumerate(counts) if count == 0]
+    if not absent:
+        return None
+    shown = ", ".join(absent[:10]) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
+    return f"no image of class{'es' * (len(absent) > 1)} {shown} of {len(counts)}"
+
+
 class ImageDataset:
     """Square images of one size with optional labels.
 
     Args:
-        path: a zip file or folder in the layout of this module's docstring.
+        path: a zip file or folder in the layout of this module's docstring, or an .npz file as `ArrayFiles` reads it.
         mirror: append a left-right mirrored copy of every image, which doubles the data set.
         setting: the name of the setting that holds the path, for messages.
 
@@ -160,19 +393,29 @@ class ImageDataset:
     """
 
     def __init__(self, path: str | os.PathLike, mirror: bool = False, setting: str = "data"):
-        self.files = ImageFiles(path, setting)
+        self.files = open_files(path, setting)
         self.path, self.mirror, self.setting = self.files.path, mirror, setting
         self._names = self.files.image_names
-        if not self._names:
-            raise InputError(f"{setting}={path} holds no images (looked for {', '.join(EXTENSIONS)})")
         self.resolution, self.num_channels = self._check_headers()
         self._labels = self._read_labels()
+        if distributed.is_first():
+            for note in self.files.notes():
+                print(f"note: {self.path}: {note}", file=sys.stderr)
         #: Number of classes (largest class number plus one) or length of the label vectors; 0 without labels.
         self.label_dim = int(self._labels.max()) + 1 if self._labels.ndim == 1 else self._labels.shape[1]
 
     def _check_headers(self) -> tuple[int, int]:
+        headers = {}
+        faults: dict[str, str] = {}
+        for name in self._names:
+            try:
+                headers[name] = self.files.header(name)
+            except DamagedImages as error:
+                faults |= error.faults
+        if faults:
+            raise DamagedImages(self.path, faults)
         first = self._names[0]
-        size, mode = self.files.header(first)
+        size, mode = headers[first]
         if size[0] != size[1]:
             raise InputError(f"{self.path}: image {first} is {size[0]}x{size[1]}, not square; see dataset_tool.py")
         if mode not in ("L", "RGB"):
@@ -181,7 +424,7 @@ class ImageDataset:
                 "dataset_tool.py --rgb"
             )
         for name in self._names[1:]:
-            other_size, other_mode = self.files.header(name)
+            other_size, other_mode = headers[name]
             if other_size != size:
                 sizes = [f"{width}x{height}" for width, height in (other_size, size)]
                 raise InputError(
@@ -200,25 +443,7 @@ class ImageDataset:
         labels = self.files.labels()
         if labels is None:
             return np.zeros([len(self._names), 0], np.float32)
-        values = [labels[name] for name in self._names]
-        numbers = [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
-        if len(numbers) == len(values):
-            if wrong := next((n for n, v in zip(self._names, numbers) if not 0 <= v < MAX_CLASSES), None):
-                raise InputError(
-                    f"{self.path}: dataset.json gives {wrong} the label {labels[wrong]}; class numbers are 0 to "
-                    f"{MAX_CLASSES - 1}"
-                )
-            return np.array(numbers, np.int64)
-        vectors: np.ndarray
-        try:
-            vectors = np.array(values, np.float32)
-        except (ValueError, TypeError, OverflowError):
-            vectors = np.empty(0)
-        if vectors.ndim != 2 or not np.isfinite(vectors).all():
-            raise InputError(
-                f"{self.path}: labels in dataset.json must be all class numbers, or all vectors of one length"
-            )
-        return vectors
+        return label_array([labels[name] for name in self._names], self._names, self.path)
 
     def __len__(self) -> int:
         return len(self._names) * (2 if self.mirror else 1)
@@ -232,19 +457,34 @@ class ImageDataset:
     def has_labels(self) -> bool:
         return self.label_dim > 0
 
-    def class_frequencies(self) -> np.ndarray:
-        """Return the share of each class, float64 [label_dim], summing to 1 (empty without labels).
+    @property
+    def has_classes(self) -> bool:
+        """Whether the labels are class numbers or one-hot vectors."""
+        if self._labels.ndim == 1:
+            return True
+        return self.has_labels and bool((np.sort(self._labels) == np.eye(self.label_dim)[-1]).all())
+
+    def class_counts(self) -> np.ndarray:
+        """Return the number of images of each class, int64 [label_dim] (empty without labels).
 
         Raises:
             InputError: the labels are vectors other than one-hot, not classes.
         """
         if not self.has_labels:
-            return np.zeros(0)
-        if self._labels.ndim != 1:
-            if (np.sort(self._labels) == np.eye(self.label_dim)[-1]).all():
-                return self._labels.mean(axis=0, dtype=np.float64)
+            return np.zeros(0, np.int64)
+        if not self.has_classes:
             raise InputError(f"{self.setting}={self.path}: its labels are vectors, so it has no classes to count")
-        return np.bincount(self._labels, minlength=self.label_dim) / len(self._labels)
+        if self._labels.ndim != 1:
+            return self._labels.sum(axis=0, dtype=np.float64).astype(np.int64)
+        return np.bincount(self._labels, minlength=self.label_dim)
+
+    def class_frequencies(self) -> np.ndarray:
+        """Return the share of each class, float64 [label_dim], summing to 1 (empty without labels).
+
+        Raises:
+            InputError: as `class_counts`.
+        """
+        return self.class_counts() / len(self._names)
 
     def check_compatible(
         self, resolution: int, num_channels: int, label_dim: int | None = None, what: str = "network"
@@ -278,15 +518,22 @@ class ImageDataset:
             uint8 [N, C, H, W].
 
         Raises:
-            InputError: an image's pixels are damaged; the message names it.
+            DamagedImages: pixels of some are damaged.
         """
         shape = [len(indices), self.num_channels, self.resolution, self.resolution]
         images = np.empty(shape, np.uint8)
+        faults: dict[str, str] = {}
         for row, index in enumerate(indices):
-            pixels = np.asarray(self.files.image(self._names[index % len(self._names)]))
+            try:
+                pixels = np.asarray(self.files.image(self._names[index % len(self._names)]))
+            except DamagedImages as error:
+                faults |= error.faults
+                continue
             images[row] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
             if index >= len(self._names):
                 images[row] = images[row, :, :, ::-1]
+        if faults:
+            raise DamagedImages(self.path, faults)
         return images
 
     def labels(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -299,14 +546,25 @@ class ImageDataset:
         return one_hot
 
     def decode_all(self, workers: int = 4) -> np.ndarray:
-        """Return all images, uint8 [len(self), C, H, W], decoded by `workers` threads."""
+        """Return all images, uint8 [len(self), C, H, W], decoded by `workers` threads.
+
+        Raises:
+            DamagedImages: pixels of some are damaged.
+        """
         count = len(self._names)
         images = np.empty([len(self), self.num_channels, self.resolution, self.resolution], np.uint8)
-        starts = range(0, count, 512)
+
+        def decode(start: int) -> dict[str, str]:
+            try:
+                images[start : min(start + 512, count)] = self.images(range(start, min(start + 512, count)))
+            except DamagedImages as error:
+                return error.faults
+            return {}
+
         with ThreadPoolExecutor(max(workers, 1)) as pool:
-            chunks = pool.map(lambda start: self.images(range(start, min(start + 512, count))), starts)
-            for start, chunk in zip(starts, chunks):
-                images[start : start + len(chunk)] = chunk
+            faults = {name: fault for part in pool.map(decode, range(0, count, 512)) for name, fault in part.items()}
+        if faults:
+            raise DamagedImages(self.path, faults)
         if self.mirror:
             images[count:] = images[:count, :, :, ::-1]
         return images
@@ -314,9 +572,10 @@ class ImageDataset:
     def content_hash(self) -> str:
         """Return the SHA-256 of all that images and labels depend on: names, files, labels and `mirror`.
 
+        It changes with the rules by which pictures are read, too.
         A zip file and a folder with the same content have the same hash.
         """
-        digest = hashlib.sha256(f"mirror={self.mirror};".encode())
+        digest = hashlib.sha256(f"reading={decoding.VERSION};mirror={self.mirror};".encode())
         digest.update(self._labels.tobytes())
         for name in self._names:
             with self.files.open(name) as file:
@@ -499,6 +758,22 @@ def _from_workers(dataset: ImageDataset, order: _Order, workers: int) -> Iterato
         if isinstance(item, InputError):
             raise item
         yield item
+
+
+def _archived_name(entry: zipfile.ZipInfo) -> str:
+    """Return a zip member's name, with surrogates where it is not UTF-8."""
+    says_utf8 = entry.flag_bits & 0x800 or entry.filename != entry.orig_filename  # by the Unicode field for names
+    if says_utf8 or entry.filename.isascii():
+        return entry.filename
+    return entry.filename.encode("cp437").decode(errors="surrogateescape")  # zipfile takes the bytes for cp437
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_hidden(name: str) -> bool:

@@ -13,13 +13,18 @@ from stylegan2_ada.networks import Discriminator, Generator
 from torch_utils import distributed, misc
 
 
+def is_size(resolution: int) -> bool:
+    """Say whether StyleGAN2 makes images of this size."""
+    return resolution >= 8 and resolution & (resolution - 1) == 0
+
+
 def check(sizes: GanConfig, config: AdversarialConfig, resolution: int) -> None:
     """Check settings and images, before anything is built.
 
     Raises:
         InputError: the images have a size that StyleGAN2 does not make, or the settings do not fit each other.
     """
-    if resolution & (resolution - 1) or resolution < 8:
+    if not is_size(resolution):
         raise InputError(f"`data`: StyleGAN2 needs a power of two from 8 on, the images are {resolution} pixels wide")
     micro = distributed.micro_batch(config.batch, config.batch_gpu)
     if micro % min(sizes.mbstd_group, micro):

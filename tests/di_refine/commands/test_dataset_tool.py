@@ -2,8 +2,10 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from PIL import Image
 from di_refine.commands import dataset_tool
 from di_refine.files.dataset_sources import CIFAR_MEMBERS
 from di_refine.files.datasets import ImageDataset
+
+CASES = Path(__file__).parents[2] / "cases"
 
 
 def convert(source, dest, *options):
@@ -99,6 +103,28 @@ def test_center_crop_and_resolution_unite_sizes(tmp_path):
     assert (result["images"], result["resolution"], result["classes"]) == (3, 4, 0)
 
 
+def test_bars_make_squares_of_whole_images(tmp_path):
+    wide = picture(tmp_path / "in" / "a.png", (10, 6))
+    tall = picture(tmp_path / "in" / "b.png", (6, 10))
+    good(tmp_path / "in", tmp_path / "out.zip", "--transform=pad", "--pad-colour=#ff8000")
+    images = ImageDataset(tmp_path / "out.zip").images([0, 1]).transpose(0, 2, 3, 1)
+    assert np.array_equal(images[0, 2:8], wide) and (images[0, :2] == [255, 128, 0]).all()
+    assert np.array_equal(images[1, :, 2:8], tall) and (images[1, :, 8:] == [255, 128, 0]).all()
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        assert json.loads(archive.read("dataset.json"))["conversion"]["pad_colour"] == "#ff8000"
+    result = good(CASES / "rectangles", tmp_path / "out2.zip", "--transform=pad", "--resolution=16")
+    image = ImageDataset(tmp_path / "out2.zip").images([0])[0]
+    assert result["resolution"] == 16 and not image[:, :3].any() and not image[:, -3:].any() and image[:, 4:12].any()
+
+
+def test_center_crop_wide_cuts_a_rectangle_and_adds_bars(tmp_path):
+    pixels = picture(tmp_path / "in" / "a.png", (16, 16))
+    options = ["--transform=center-crop-wide", "--resolution=16x8"]
+    good(tmp_path / "in", tmp_path / "out.zip", *options)
+    image = ImageDataset(tmp_path / "out.zip").images([0])[0].transpose(1, 2, 0)
+    assert np.array_equal(image[4:12], pixels[4:12]) and not image[:4].any() and not image[12:].any()
+
+
 def test_conversion_of_a_data_set_keeps_its_labels(tmp_path, photos):
     good(photos, tmp_path / "a.zip")
     assert good(tmp_path / "a.zip", tmp_path / "b.zip", "--grey")["channels"] == 1
@@ -111,12 +137,91 @@ def test_conversion_of_a_data_set_keeps_its_labels(tmp_path, photos):
     assert subset["images"] == 2 and subset["sha256"] == good(photos, tmp_path / "f.zip", "--max-images=2")["sha256"]
 
 
+def test_names_and_counts_of_classes_are_shown_and_kept(tmp_path, photos):
+    result = convert(photos, tmp_path / "a.zip")
+    *table, last = result.stdout.splitlines()
+    assert [line.split() for line in table[2:]] == [["0", "ape", "1"], ["1", "cat", "2"], ["2", "dog", "1"]]
+    for path, shown in [(tmp_path / "a.zip", json.loads(last)), (tmp_path / "b.zip", None)]:
+        shown = shown or good(tmp_path / "a.zip", path)
+        assert shown["class_names"] == ["ape", "cat", "dog"] and shown["class_counts"] == [1, 2, 1]
+        with zipfile.ZipFile(path) as archive:
+            content = json.loads(archive.read("dataset.json"))
+        assert content["classes"] == ["ape", "cat", "dog"] and content["class_counts"] == [1, 2, 1]
+
+
+def test_gaps_in_class_numbers_are_said_and_labels_checked(tmp_path, photos):
+    result = convert(CASES / "labels_from_one", tmp_path / "a.zip")
+    assert result.exit_code == 0 and "note: no image of class 0 of 3" in result.stderr
+    subset = good(photos, tmp_path / "b.zip", "--max-images=3")
+    assert sum(subset["class_counts"]) == 3 and len(subset["class_counts"]) == 3
+    (photos / "dataset.json").write_text(
+        json.dumps({"labels": [[str(path.relative_to(photos)), "cat"] for path in photos.rglob("*.png")]})
+    )
+    result = convert(photos, tmp_path / "c.zip")
+    assert result.exit_code == 2 and "labels in dataset.json must be all class numbers, or all vectors" in result.stderr
+
+
 def test_folders_without_classes(tmp_path):
     picture(tmp_path / "in" / "a" / "x.png")
     picture(tmp_path / "in" / "a" / "y.png")
     assert good(tmp_path / "in", tmp_path / "a.zip")["classes"] == 0, "one folder is no class"
     picture(tmp_path / "in" / "z.png")
     assert good(tmp_path / "in", tmp_path / "b.zip")["classes"] == 0, "an image lies beside the folders"
+
+
+def test_folders_in_archives_with_backslashes_are_classes(tmp_path):
+    good(CASES / "backslash_folders.zip", tmp_path / "out.zip")
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        assert json.loads(archive.read("dataset.json"))["classes"] == ["cat", "dog"]
+    result = convert(CASES / "gbk.zip", tmp_path / "gbk.zip")
+    assert result.exit_code == 2 and "--source=" in result.stderr and "not UTF-8" in result.stderr
+
+
+def test_every_format_is_read_and_anything_else_is_counted_aloud(tmp_path):
+    shutil.copytree(CASES / "tiff", tmp_path / "in")
+    for name in ("a.HEIC", "b.heic", "notes.txt", "Makefile", ".DS_Store"):
+        (tmp_path / "in" / name).write_text("x")
+    result = convert(tmp_path / "in", tmp_path / "out.zip", "--grey")
+    shown = json.loads(result.stdout.splitlines()[-1])
+    assert shown["images"] == 10 and shown["resolution"] == 16
+    assert shown["skipped"] == {".heic": 2, ".txt": 1, "without extension": 1, "hidden": 1}
+    assert "2 .heic, 1 .txt, 1 hidden, 1 without extension" in result.stderr
+
+
+def test_damaged_images_are_all_named_or_left_out(tmp_path, photos):
+    for name in ("cat/b.png", "ape/d.png"):
+        (photos / name).write_bytes((photos / name).read_bytes()[:60])
+    result = convert(photos, tmp_path / "out.zip")
+    error = result.stderr.splitlines()[-1]
+    assert (
+        result.exit_code == 2 and "2 images are damaged or not images: ape/d.png (" in error and "cat/b.png (" in error
+    )
+    assert error.endswith("; mend them, or leave them out with --skip-damaged") and not (tmp_path / "out.zip").exists()
+    result = convert(photos, tmp_path / "out.zip", "--skip-damaged")
+    shown = json.loads(result.stdout.splitlines()[-1])
+    assert shown["damaged"] == ["ape/d.png", "cat/b.png"] and (shown["images"], shown["class_counts"]) == (2, [0, 1, 1])
+    assert "left out: " in result.stderr and "no image of class 0 of 3" in result.stderr
+    assert ImageDataset(tmp_path / "out.zip").labels([0, 1]).argmax(axis=1).tolist() == [1, 2]
+    assert good(CASES / "damaged", tmp_path / "case.zip", "--skip-damaged")["damaged"] == ["4.jpg"]
+    for path in photos.rglob("*.png"):
+        path.write_bytes(b"x")
+    result = convert(photos, tmp_path / "none.zip", "--skip-damaged")
+    assert result.exit_code == 2 and "none is left" in result.stderr and not (tmp_path / "none.zip").exists()
+
+
+def test_arrays_of_samples_are_a_source(tmp_path):
+    result = good(CASES / "samples_adm.npz", tmp_path / "out.zip")
+    expected, made = ImageDataset(CASES / "samples_adm.npz"), ImageDataset(tmp_path / "out.zip")
+    assert np.array_equal(made.decode_all(), expected.decode_all()) and result["images"] == 32
+    assert result["class_counts"] == expected.class_counts().tolist()
+    assert good(CASES / "samples_adm.npz", tmp_path / "b.zip", "--labels=none")["classes"] == 0
+
+
+def test_a_size_that_a_gan_would_refuse_is_said(tmp_path, photos):
+    for size, said in [(24, True), (4, True), (16, False)]:
+        result = convert(photos, tmp_path / f"{size}.zip", f"--resolution={size}")
+        assert result.exit_code == 0
+        assert (f"note: {size}x{size} is no size that pretrain.py gan takes" in result.stderr) == said
 
 
 def test_transparency_becomes_white(tmp_path):
@@ -200,6 +305,11 @@ def _add(name, **settings):
         (None, ["--resolution=0"], "--resolution must be a positive number such as 16 or 16x16, not '0'"),
         (None, ["--resolution=-4"], "--resolution must be"),
         (None, ["--resolution=16x8"], "--resolution=16x8 is not square"),
+        (None, ["--transform=center-crop-wide"], "--transform=center-crop-wide needs --resolution=WxH"),
+        (None, ["--transform=center-crop-wide", "--resolution=8x16"], "needs --resolution=WxH with W above H"),
+        (None, ["--pad-colour=white"], "--pad-colour is of bars, which --transform=pad and center-crop-wide alone"),
+        (None, ["--transform=pad", "--pad-colour=whitish"], "--pad-colour must be a name such as white, or #rrggbb"),
+        (_add("ape/0.png", size=(99, 1)), ["--transform=pad", "--resolution=8"], "image ape/0.png is 99x1, too narrow"),
         (None, ["--resize-filter=sinc"], "'--resize-filter': 'sinc' is not one of"),
         (None, ["--max-images=0"], "'--max-images': 0 is not in the range x>=1"),
         (None, ["--labels=json"], "--labels=json: "),
@@ -235,11 +345,26 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, photos, change, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_sixteen_bit_images_are_refused_even_when_converting(tmp_path):
+def test_sixteen_bit_greyscale_is_scaled_and_numbers_that_are_no_colours_are_refused(tmp_path):
+    result = good(CASES / "sixteen_bit", tmp_path / "out.zip")
+    assert result["channels"] == 1 and result["notes"] == [
+        "2 images with 16 bits per channel, scaled to 8 (such as 0.png)"
+    ]
     (tmp_path / "in").mkdir()
-    Image.fromarray(np.full([4, 4], 40_000, np.uint16)).save(tmp_path / "in" / "a.png")
-    result = convert(tmp_path / "in", tmp_path / "out.zip", "--grey")
-    assert result.exit_code == 2 and "image a.png has more than 8 bits per channel" in result.stderr
+    Image.fromarray(np.full([4, 4], 0.5, np.float32)).save(tmp_path / "in" / "a.tiff")
+    (tmp_path / "in" / "a.tiff").rename(tmp_path / "in" / "a.png")
+    result = convert(tmp_path / "in", tmp_path / "out2.zip", "--grey")
+    assert result.exit_code == 2 and "image a.png has Pillow mode F, which is no colour" in result.stderr
+
+
+def test_photos_on_their_side_are_turned_before_they_are_cropped(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    upright = np.random.default_rng(0).integers(0, 256, [10, 6, 3], np.uint8)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "in" / "a.png", exif=exif)
+    good(tmp_path / "in", tmp_path / "out.zip", "--transform=center-crop")
+    assert np.array_equal(ImageDataset(tmp_path / "out.zip").images([0])[0].transpose(1, 2, 0), upright[2:8])
 
 
 def test_bad_source_and_dest(tmp_path, photos):

@@ -257,3 +257,11 @@ def test_cond_needs_labels(tmp_path, data):
 
 if __name__ == "__main__":
     ranks.main(globals())
+
+
+@pytest.mark.parametrize("command", [TEACHER, GAN])
+def test_classes_without_images_are_said(tmp_path, command):
+    data = ROOT / "tests" / "cases" / "labels_from_one"
+    result = pretrain(command, data, tmp_path, "--dry-run")
+    assert result.exit_code == 0 and f"note: data={data}: no image of class 0 of 3" in result.stderr
+    assert "no image of" not in pretrain(command, data, tmp_path, "--dry-run", "--no-cond").stderr

@@ -1,9 +1,12 @@
 import io
 import json
+import os
 import pickle
+import sys
 import threading
 import zipfile
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +14,9 @@ import torch
 from PIL import Image
 
 from di_refine.errors import InputError
-from di_refine.files.datasets import ImageDataset, batches, sample_order
+from di_refine.files.datasets import DamagedImages, ImageDataset, absent_classes, batches, sample_order
 
+CASES = Path(__file__).parents[2] / "cases"
 COUNT = 10
 
 
@@ -114,6 +118,67 @@ def test_label_vectors_and_backslashes(tmp_path):
         dataset.class_frequencies()
 
 
+@pytest.mark.parametrize("kind", ["zip", "folder"])
+def test_backslashes_in_names_are_slashes(tmp_path, kind):
+    slashes = ImageDataset(write(tmp_path / "a", files_of(), kind))
+    files = {name.replace("/", "\\"): content for name, content in files_of().items()}
+    dataset = ImageDataset(write(tmp_path / "b", {**files, "empty\\": b""} if kind == "zip" else files, kind))
+    assert dataset.files.names == slashes.files.names and dataset.content_hash() == slashes.content_hash()
+    with pytest.raises(InputError, match="holds two files named 00000/img00000000.png"):
+        ImageDataset(write(tmp_path / "c", {**files, **files_of()}, kind))
+    assert ImageDataset(CASES / "backslash_both.zip").label_dim == 2
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_file_packed_twice_is_refused(tmp_path):
+    path = write(tmp_path / "a.zip", files_of())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(FIRST, png(pixels_of(5)))
+    with pytest.raises(InputError, match=f"a.zip holds two files named {FIRST}; rename one of them"):
+        ImageDataset(path)
+
+
+def raw_names(path, files: dict[bytes, bytes]):
+    """A zip file whose names are these bytes, without a word about their encoding."""
+    coded = {f"{index:0{len(name)}d}": name for index, name in enumerate(files)}
+    content = write(path, dict(zip(coded, files.values()))).read_bytes()
+    for placeholder, name in coded.items():
+        content = content.replace(placeholder.encode(), name)
+    path.write_bytes(content)
+    return path
+
+
+def test_names_in_archives_that_do_not_say_their_encoding(tmp_path):
+    pixels = png(pixels_of(0))
+    name = "Grüße/Bäume.png"
+    assert ImageDataset(raw_names(tmp_path / "mac.zip", {name.encode(): pixels})).files.image_names == [name]
+    with pytest.raises(InputError, match="names that are not UTF-8.*unzip -O GBK, and give the folder"):
+        ImageDataset(raw_names(tmp_path / "old.zip", {name.encode("cp1252"): pixels}))
+    with pytest.raises(InputError, match="gbk.zip has file names that are not UTF-8"):
+        ImageDataset(CASES / "gbk.zip")
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="file names are Unicode there")
+def test_names_in_folders_that_are_not_utf8(tmp_path):
+    with open(os.fsencode(tmp_path) + b"/\xc4.png", "wb") as file:
+        file.write(png(pixels_of(0)))
+    with pytest.raises(InputError, match=r"not UTF-8 \(such as \\udcc4.png\); rename them, as convmv"):
+        ImageDataset(tmp_path)
+
+
+def test_classes_are_counted_and_gaps_named(dataset, tmp_path):
+    assert dataset.class_counts().tolist() == [4, 3, 3] and absent_classes(dataset.class_counts()) is None
+    gap = ImageDataset(CASES / "labels_from_one").class_counts()
+    assert gap.tolist() == [0, 4, 4] and absent_classes(gap) == "no image of class 0 of 3"
+    assert absent_classes([0] * 12 + [1]) == "no image of classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more of 13"
+    with pytest.raises(InputError, match=r"dataset.json is malformed at line 8, column \d+"):
+        ImageDataset(CASES / "labels_trailing_comma")
+    with pytest.raises(InputError, match=r'among "labels" is \["0.png", 1, 0, 0\], expected \["name", label\]'):
+        ImageDataset(CASES / "labels_flat_row")
+    with pytest.raises(InputError, match="labels_listed_twice: dataset.json lists 0.png more than once"):
+        ImageDataset(CASES / "labels_listed_twice")
+
+
 FIRST, NAME = "00000/img00000000.png", "00001/img00000007.png"
 
 
@@ -130,10 +195,14 @@ def _labels(change) -> bytes:
         ({FIRST: png(np.zeros([4, 6, 3], np.uint8))}, f"image {FIRST} is 6x4, not square"),
         ({FIRST: png(np.zeros([8, 8, 4], np.uint8))}, f"image {FIRST} has Pillow mode RGBA.*--rgb"),
         ({NAME: b"no image"}, f"image {NAME} is damaged or not an image"),
-        ({"dataset.json": b"{"}, "dataset.json is malformed"),
-        ({"dataset.json": b"[1]"}, "dataset.json is malformed"),
-        ({"dataset.json": b'{"labels": [1]}'}, "dataset.json is malformed"),
+        ({"dataset.json": b"{"}, "dataset.json is malformed at line 1, column 2"),
+        ({"dataset.json": b'{"labels": null,\n  "a": [1 2]}'}, "malformed at line 2, column 1[01]"),
+        ({"dataset.json": b'{"labels": "\xff"}'}, "dataset.json is no UTF-8 text"),
+        ({"dataset.json": b"[1]"}, "dataset.json is malformed; expected"),
+        ({"dataset.json": b'{"labels": [1]}'}, 'malformed: among "labels" is 1, expected'),
+        ({"dataset.json": b'{"labels": {"a": 1}}'}, 'malformed: among "labels" is {"a": 1}, expected'),
         ({"dataset.json": _labels(lambda x: [*x, ["other.png", 0]])}, "a label for other.png, which is not there"),
+        ({"dataset.json": _labels(lambda x: [*x, [FIRST, 2]])}, f"lists {FIRST} more than once \\(labels 0 and 2\\)"),
         ({"dataset.json": _labels(lambda x: x[:-1])}, "no label for 00001/img00000009.png"),
         ({"dataset.json": _labels(lambda x: [[x[0][0], -1], *x[1:]])}, f"gives {FIRST} the label -1"),
         ({"dataset.json": _labels(lambda x: [[x[0][0], 10**9], *x[1:]])}, f"gives {FIRST} the label 1000000000"),
@@ -173,6 +242,50 @@ def test_damaged_pixels_are_named_on_decoding(tmp_path, memory_limit):
     with pytest.raises(InputError, match=f"^{dataset.path}: image {NAME} is damaged or not an image \\([^\n]*\\)$"):
         for _ in islice(batches(dataset, COUNT, seed=0, workers=1, memory_limit=memory_limit), 2):
             pass
+
+
+def test_damaged_images_are_all_named(tmp_path):
+    names = [name for name in files_of(14) if name.endswith("png")]
+    broken = dict.fromkeys(names[:12], b"no image")
+    with pytest.raises(DamagedImages, match=r"12 images are damaged or not images: .*00001.* and 2 more$") as raised:
+        ImageDataset(write(tmp_path / "a.zip", {**files_of(14), **broken}))
+    assert list(pickle.loads(pickle.dumps(raised.value)).faults) == names[:12]
+    dataset = ImageDataset(write(tmp_path / "b.zip", {**files_of(), **{name: truncated(7) for name in names[2:4]}}))
+    for read in (dataset.decode_all, lambda: dataset.images(range(COUNT))):
+        with pytest.raises(DamagedImages, match=f"2 images are damaged.*: {names[2]} \\(.*\\), {names[3]} "):
+            read()
+
+
+def test_arrays_of_samples_are_a_data_set(tmp_path, capsys):
+    with np.load(CASES / "samples_adm.npz") as archive:
+        pixels, numbers = archive["arr_0"], archive["arr_1"]
+    dataset = pickle.loads(pickle.dumps(ImageDataset(CASES / "samples_adm.npz")))
+    assert np.array_equal(dataset.decode_all(), pixels.transpose(0, 3, 1, 2))
+    assert np.array_equal(dataset.labels(range(32)).argmax(axis=1), numbers)
+    np.savez(tmp_path / "grey.npz", arr_0=pixels[..., :1], mu=np.zeros(3))
+    grey = ImageDataset(tmp_path / "grey.npz")
+    assert (grey.num_channels, grey.label_dim) == (1, 0) and grey.content_hash() != dataset.content_hash()
+    assert "passed over arrays that are no images: mu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "holds no images, which would be in arr_0; it has mu, sigma"),
+        ({"arr_0": np.zeros([2, 4, 4, 3], np.float32)}, r"arr_0 is float32 \[2, 4, 4, 3\], not uint8"),
+        ({"arr_0": np.zeros([0, 4, 4, 3], np.uint8)}, "not uint8"),
+        ({"arr_0": np.zeros([2, 4, 4, 3], np.uint8), "arr_1": np.zeros(3, int)}, "arr_1 is not one class number"),
+        ({"arr_0": np.array([{}])}, "is no file of arrays, or it is damaged"),
+        ({"arr_0": np.zeros([2, 4, 6, 3], np.uint8)}, r"image arr_0\[0\] is 6x4, not square"),
+    ],
+)
+def test_other_arrays_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(InputError, match=message):
+        ImageDataset(tmp_path / "a.npz")
+    (tmp_path / "a.npz").write_bytes(b"PK")
+    with pytest.raises(InputError, match="is no file of arrays, or it is damaged"):
+        ImageDataset(tmp_path / "a.npz")
 
 
 def test_check_compatible(dataset):
