@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 
-.PHONY: setup demo test lint format gpu-check fuzz soak clean
+.PHONY: setup demo test lint format gpu-check compat fuzz soak clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,17 @@ gpu-check:
 	$(PYTHON) -m torch_utils.custom_ops
 	$(PYTHON) -m pytest -m gpu tests/torch_utils tests/stylegan2_ada tests/di_refine/edm
 	$(PYTHON) benchmarks/ops.py --device=cuda
+
+# Open our pickles under the oldest Python and PyTorch that their source text is for, and run the suite under the newest.
+OLDEST ?= python3.8
+NEWEST ?= python3.13
+compat: setup
+	$(OLDEST) -m venv build/compat/oldest
+	build/compat/oldest/bin/python -m pip install --quiet numpy torch==1.8.1
+	COMPAT_PYTHON=$(CURDIR)/build/compat/oldest/bin/python $(BIN)/python -m pytest -m compat -rP
+	$(NEWEST) -m venv build/compat/newest
+	build/compat/newest/bin/python -m pip install --quiet --upgrade -e '.[dev]'
+	build/compat/newest/bin/python -m pytest
 
 # A minute of fuzzing the reader of network pickles. The corpus stays in build/fuzz and grows with every run; what breaks
 # the reader is written there, too. Atheris has wheels for Linux.

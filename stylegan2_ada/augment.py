@@ -8,6 +8,8 @@ taken through the pipe, and none of them waits for the device.
 Shapes: images [N, C, H, W]; geometric maps [N, 3, 3] act on (x, y, 1), colour maps [N, 4, 4] on (r, g, b, 1).
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Sequence
@@ -179,7 +181,7 @@ class AugmentPipe(torch.nn.Module):
             images = images * self._cutout_mask(draw, p)
         return images
 
-    def _geometry(self, draw: "_Draw", p: torch.Tensor) -> list[torch.Tensor]:
+    def _geometry(self, draw: _Draw, p: torch.Tensor) -> list[torch.Tensor]:
         """Return maps [N, 3, 3] whose product leads from output to input pixels, origin at the image centre."""
         maps = []
         if self.xflip > 0:
@@ -208,7 +210,7 @@ class AugmentPipe(torch.nn.Module):
             maps.append(_map2d(draw, x=-shift[:, 0] * draw.width, y=-shift[:, 1] * draw.height))
         return maps
 
-    def _color(self, draw: "_Draw", p: torch.Tensor) -> list[torch.Tensor]:
+    def _color(self, draw: _Draw, p: torch.Tensor) -> list[torch.Tensor]:
         """Return maps [N, 4, 4] of colours in the order in which they act."""
         if not any((self.brightness, self.contrast, self.lumaflip, self.hue, self.saturation)):
             return []
@@ -239,7 +241,7 @@ class AugmentPipe(torch.nn.Module):
             maps.append(eye + (gain - 1) * chroma)
         return maps
 
-    def _band_gains(self, draw: "_Draw", p: torch.Tensor) -> torch.Tensor:
+    def _band_gains(self, draw: _Draw, p: torch.Tensor) -> torch.Tensor:
         """Return gains [N, 4] of the frequency bands, balanced to keep an image's expected power."""
         gains = draw.full(1, len(_BAND_POWER))
         for band, strength in enumerate(self.imgfilter_bands):
@@ -251,7 +253,7 @@ class AugmentPipe(torch.nn.Module):
                 gains = gains * own / power.sqrt()
         return gains
 
-    def _cutout_mask(self, draw: "_Draw", p: torch.Tensor) -> torch.Tensor:
+    def _cutout_mask(self, draw: _Draw, p: torch.Tensor) -> torch.Tensor:
         """Return a mask [N, 1, H, W] that is 0 inside the square and 1 elsewhere."""
         half = draw.gate(draw.full(self.cutout_size, 1), self.cutout * p) / 2
         center = (draw.uniform(2) + 1) / 2
@@ -303,7 +305,7 @@ class _Draw:
         if self.percentile is not None:
             return value
         chosen = torch.rand([self.num] + [1] * (value.ndim - 1), **self.like) < probability
-        return torch.where(chosen, value, neutral)
+        return torch.where(chosen, value, torch.full_like(value, neutral))
 
 
 def filter_bank() -> np.ndarray:

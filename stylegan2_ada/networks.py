@@ -2,7 +2,8 @@
 
 Constructor arguments, parameter names and call signatures are those of the public stylegan2-ada-pytorch networks, so
 that weights move in both directions. This file is self-contained on purpose: its text is embedded in every network
-pickle written from it and must run there beside any `torch_utils` package with the same names.
+pickle written from it and must run there beside any `torch_utils` package with the same names, from Python 3.8 and
+torch 1.8 on.
 
 Shapes: images `[N, img_channels, R, R]`, roughly in [-1, 1]; latents z `[N, z_dim]`; labels c `[N, c_dim]` one-hot;
 intermediate latents ws `[N, num_ws, w_dim]`. Weights stay float32; blocks marked `use_fp16` compute in float16 on

@@ -1,5 +1,7 @@
 """Settings of the whole suite."""
 
+import os
+
 import pytest
 import torch
 
@@ -7,11 +9,15 @@ torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked `gpu` are left out where there is no GPU, with the reason in the report."""
+    """Tests whose mark names something that is not here are left out, with the reason in the report."""
+    skip = {}
     if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; run `make gpu-check` on one"))
+        skip["gpu"] = pytest.mark.skip(reason="needs a CUDA device; run `make gpu-check` on one")
+    if "COMPAT_PYTHON" not in os.environ:
+        skip["compat"] = pytest.mark.skip(reason="needs an old Python with an old torch; run `make compat`")
+    for item in items:
+        for mark in skip.keys() & set(item.keywords):
+            item.add_marker(skip[mark])
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -30,6 +30,11 @@ _AVERAGES = ("G_ema", "ema")  # what people use a file for
     help="Write this file; its ending, .pkl, .safetensors or .onnx, says in what form.",
 )
 @click.option("--overwrite/--no-overwrite", default=False, help="Replace the destination if it is there.")
+@click.option(
+    "--refresh-source/--keep-source",
+    default=False,
+    help="Embed the source text of this release instead of the text that each network came with; the weights stay.",
+)
 @click.option("--key", help="Export the network with this key of the source to ONNX.  [default: G_ema, else ema]")
 @click.option(
     "--noise-mode",
@@ -50,12 +55,13 @@ _AVERAGES = ("G_ema", "ema")  # what people use a file for
     "[default: from the file]",
 )
 @click.pass_context
-def main(ctx, source, dest, overwrite, key, noise_mode, truncation, init_sigma):
+def main(ctx, source, dest, overwrite, refresh_source, key, noise_mode, truncation, init_sigma):
     """Convert a network file, after checking it as every command does; nothing in it is executed.
 
     \b
     python -m di_refine convert --source=network.pkl --dest=network.safetensors
     python -m di_refine convert --source=network.safetensors --dest=network.pkl
+    python -m di_refine convert --source=old.pkl --dest=new.pkl --refresh-source
     python -m di_refine convert --source=stylegan2-digits.pkl --dest=digits.onnx --noise-mode=none
 
     Pickles and safetensors keep everything: networks, settings, embedded source. ONNX has the one generator, for any
@@ -74,6 +80,8 @@ def main(ctx, source, dest, overwrite, key, noise_mode, truncation, init_sigma):
         raise InputError(f"--dest={dest} must end in .pkl, .safetensors or .onnx")
     if form != "onnx":
         _refuse_onnx_options(ctx)
+    elif refresh_source:
+        raise InputError("--refresh-source is for pickles and safetensors; an ONNX file holds no source text")
     outputs = (
         [safetensors_pair.tensors_path(dest), safetensors_pair.config_path(dest)] if form == "safetensors" else [dest]
     )
@@ -82,6 +90,14 @@ def main(ctx, source, dest, overwrite, key, noise_mode, truncation, init_sigma):
     path = registry.resolve(source, setting="source")
     networks = safetensors_pair.load_either(path)
     dest.parent.mkdir(parents=True, exist_ok=True)
+    modules = [name for name, value in networks.items() if isinstance(value, torch.nn.Module)]
+    if refresh_source:
+        for name in modules:
+            persistence.refresh_source(networks[name])
+        for name, value in networks.items():
+            if isinstance(value, persistence.Record):
+                what = f"'{name}' ({persistence.printable(value.class_name)})"
+                click.echo(f"note: {what} keeps its source text, since no class here fits it", err=True)
     if form == "pickle":
         persistence.save(networks, dest)
     elif form == "safetensors":
@@ -89,13 +105,13 @@ def main(ctx, source, dest, overwrite, key, noise_mode, truncation, init_sigma):
     else:
         key, model = _model(networks, path, key, noise_mode, truncation, init_sigma)
         onnx_export.save(model, dest, {"network": type(model.net).__name__, "key": key, "source": path.name})
-        networks = {key: model.net}
+        modules = [key]
     terminal.print_result(
         {
             "source": str(path),
             "dest": [str(output) for output in outputs],
             "sha256": [sha256_of(output) for output in outputs],
-            "networks": [name for name, value in networks.items() if isinstance(value, torch.nn.Module)],
+            "networks": modules,
             **({"opset": onnx_export.OPSET} if form == "onnx" else {}),
         }
     )

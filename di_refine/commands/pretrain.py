@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,11 +79,15 @@ class Material:
 
     @property
     def dataset_kwargs(self) -> dict[str, Any]:
-        """What the network's file says of the data."""
+        """What the network's file says of the data, as arguments with which the official tools open the same images."""
+        copies = 2 if self.dataset.mirror else 1
         return {
-            "path": self.dataset.name,
-            "resolution": self.dataset.resolution,
+            "class_name": "training.dataset.ImageFolderDataset",
+            "path": os.path.abspath(self.dataset.path),
             "use_labels": self.label_dim > 0,
+            "max_size": len(self.dataset) // copies,
+            "xflip": self.dataset.mirror,
+            "resolution": self.dataset.resolution,
         }
 
     def record(self) -> dict[str, Any]:

@@ -5,11 +5,13 @@ Nichol 2021, arXiv 2105.05233), under one of four preconditioners (EDM, VP, VE, 
 D(x; sigma).
 
 This module imports nothing of the project but `torch_utils.persistence`: its text is written into every snapshot, where
-it also has to run beside the `torch_utils` package of the official EDM code. Constructors work under
-`torch.device('meta')`.
+it also has to run beside the `torch_utils` package of the official EDM code, from Python 3.8 and torch 1.8 on.
+Constructors work under `torch.device('meta')`.
 
 Shapes: N batch, C channels, H W height and width, T = H * W tokens, L label_dim, E embedding width.
 """
+
+from __future__ import annotations
 
 import contextlib
 import math
@@ -20,6 +22,9 @@ import torch
 import torch.nn.functional as F
 
 from torch_utils import persistence
+
+# Older releases (before 2.4) say in other words whether autocast is on. There it stays on, as in the official code.
+_KNOWS_AUTOCAST = hasattr(torch, "get_autocast_dtype")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers. Each casts its float32 weights to its input's dtype, so one network runs in float32 and in half precision.
@@ -283,11 +288,20 @@ class UNetBlock(torch.nn.Module):
         bias = bias.view(c, 3).t().reshape(3 * c)
         qkv = F.linear(tokens, weight, bias).view(n, h * w, 3, self.num_heads, c // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v)
+        y = _attend(q, k, v)
         y = y.transpose(1, 2).reshape(n, h * w, c)
         weight, bias = self.proj.weights(x.dtype)
         y = F.linear(y, weight.view(c, c), bias)
         return y.transpose(1, 2).unflatten(2, (h, w))
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Return softmax(q k^T / sqrt(d)) v for [N, heads, T, d]."""
+    if hasattr(F, "scaled_dot_product_attention"):
+        return F.scaled_dot_product_attention(q, k, v)
+    # Releases before 2.0 have no such function. The scale goes onto q, or products of float16 could overflow.
+    weight = ((q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)).softmax(dim=-1, dtype=torch.float32)
+    return weight.to(v.dtype) @ v
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -738,7 +752,8 @@ class _Precond(torch.nn.Module):
         The layers follow the dtype of what enters them, so autocast itself is switched off inside: it would take the
         embeddings down and the group norms up, at a cost in accuracy and in speed.
         """
-        if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        available = _KNOWS_AUTOCAST and torch.amp.is_autocast_available(device_type)
+        if available and torch.is_autocast_enabled(device_type):
             dtype = torch.float32 if force_fp32 else torch.get_autocast_dtype(device_type)
             return dtype, torch.autocast(device_type, enabled=False)
         half = self.use_fp16 and not force_fp32 and device_type == "cuda"

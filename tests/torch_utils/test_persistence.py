@@ -291,6 +291,19 @@ def test_saving_does_not_depend_on_how_the_network_is_held(change, tmp_path):
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in D.named_buffers())
 
 
+def test_saving_gives_no_pickler_a_method_of_its_own(tmp_path, monkeypatch):
+    """From Python 3.13 on a pickler takes none, so this test does there what it imitates elsewhere."""
+
+    class Strict(pickle.Pickler):
+        def __setattr__(self, name, value):
+            raise AttributeError(f"'_pickle.Pickler' object attribute '{name}' is read-only")
+
+    monkeypatch.setattr(pickle, "Pickler", Strict)
+    persistence.save({"G": stylegan2_ada.networks.Generator(4, 0, 4, 4, 1)}, tmp_path / "a.pkl")
+    monkeypatch.undo()
+    assert list(persistence.load(tmp_path / "a.pkl")) == ["G"]
+
+
 def test_half_precision_is_for_the_file_alone(tmp_path):
     content = persistence.load(GOLDEN / "stylegan2/sg2ada-resnet16.pkl")
     persistence.save(content, tmp_path / "full.pkl")

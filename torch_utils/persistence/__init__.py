@@ -34,6 +34,7 @@ __all__ = [
     "load_records",
     "persistent_class",
     "printable",
+    "refresh_source",
     "register_translator",
     "save",
     "to_records",
@@ -307,6 +308,17 @@ def save(networks: dict[str, Any], path: str | os.PathLike, half: bool = False) 
     content = _for_each(networks, path, convert)
     with misc.open_atomic(path) as file:
         writer.write(content, file, _reconstruct_persistent_obj)
+
+
+def refresh_source(network: torch.nn.Module) -> bool:
+    """Have `save` write the present source text of a network's class instead of the one of the file it came from.
+
+    Weights stay as they are. Attributes that only the other text had are not written any more.
+
+    Returns:
+        Whether the network came from a file, so that anything can change.
+    """
+    return vars(network).pop(builder.SOURCE_RECORD, None) is not None
 
 
 def to_records(networks: dict[str, Any], path: str | os.PathLike) -> dict[str, Any]:

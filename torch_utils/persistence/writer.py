@@ -120,11 +120,20 @@ class _Storage:
         storage_type = getattr(torch, _STORAGE_TYPES[self.tensor.dtype])
         description = ("storage", storage_type, self.key, "cpu", count, None)
         buffer = io.BytesIO()
-        pickler = pickle.Pickler(buffer, 2)
-        # A pickler looks for this function on itself as well as on its class.
-        pickler.persistent_id = lambda value: description if value is self else None  # type: ignore[method-assign]
-        pickler.dump(self)
+        _DescriptionPickler(buffer, self, description).dump(self)
         return buffer.getvalue()
+
+
+class _DescriptionPickler(pickle.Pickler):
+    """A pickler that writes a storage as its description; from Python 3.13 on only a method of the class can say so."""
+
+    def __init__(self, file: IO[bytes], storage: _Storage, description: tuple):
+        super().__init__(file, protocol=2)
+        self.storage = storage
+        self.description = description
+
+    def persistent_id(self, value: Any) -> Any:
+        return self.description if value is self.storage else None
 
 
 class _Pickler(pickle.Pickler):

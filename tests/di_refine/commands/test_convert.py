@@ -35,6 +35,37 @@ def test_pickle_to_safetensors_and_back(tmp_path):
     assert (tmp_path / "again.pkl").read_bytes() == (tmp_path / "direct.pkl").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["stylegan2/sg2ada-resnet16.pkl", "edm/adm_cond.pkl"])
+@pytest.mark.parametrize("suffix", ["pkl", "safetensors"])
+def test_refreshed_source_leaves_the_rest_alone(name, suffix, tmp_path):
+    dest = tmp_path / f"net.{suffix}"
+    run(f"--source={GOLDEN / name}", f"--dest={dest}", "--refresh-source")
+    if suffix == "safetensors":
+        run(f"--source={dest}", f"--dest={tmp_path}/net.pkl")
+    before, after = persistence.load(GOLDEN / name), persistence.load(tmp_path / "net.pkl")
+    assert list(before) == list(after)
+    records = persistence.load_records(tmp_path / "net.pkl")
+    for key, value in before.items():
+        if not isinstance(value, torch.nn.Module):
+            assert value == after[key] or isinstance(value, persistence.Record)
+            continue
+        text = Path(sys.modules[type(value).__module__].__file__).read_text()
+        assert records[key].module_src == text
+        assert (value.init_args, value.init_kwargs) == (after[key].init_args, after[key].init_kwargs)
+        states = value.state_dict(), after[key].state_dict()
+        assert list(states[0]) == list(states[1])
+        assert all(torch.equal(*pair) and pair[0].dtype == pair[1].dtype for pair in zip(*map(dict.values, states)))
+
+
+def test_objects_that_no_class_fits_keep_their_source(tmp_path):
+    loss = persistence.Record("Loss", {"_init_args": (), "_init_kwargs": {}}, "text of the loss", 6)
+    persistence.save({**persistence.load(GOLDEN / "edm/adm_cond.pkl"), "loss_fn": loss}, tmp_path / "a.pkl")
+    command = [f"--source={tmp_path}/a.pkl", f"--dest={tmp_path}/b.pkl", "--refresh-source"]
+    result = CliRunner().invoke(convert.main, command)
+    assert "note: 'loss_fn' (Loss) keeps its source text" in result.stderr
+    assert persistence.load_records(tmp_path / "b.pkl")["loss_fn"].module_src == "text of the loss"
+
+
 def test_tensorflow_pickle_becomes_an_official_one(tmp_path):
     run(f"--source={GOLDEN}/stylegan2/sg2tf-legacy.pkl", f"--dest={tmp_path}/net.pkl")
     networks = persistence.load(tmp_path / "net.pkl")
@@ -45,6 +76,7 @@ def test_tensorflow_pickle_becomes_an_official_one(tmp_path):
     "args, reason",
     [
         (["--dest=x.zip"], "--dest=x.zip must end in .pkl, .safetensors or .onnx"),
+        (["--dest=x.onnx", "--refresh-source"], "--refresh-source is for pickles and safetensors"),
         (["--dest=x.pkl", "--noise-mode=none"], "--noise-mode is for --dest=...onnx"),
         (["--dest=x.pkl", "--init-sigma=1"], "--init-sigma is for --dest=...onnx"),
         (["--dest=x.onnx", "--init-sigma=1"], "--init-sigma is for one-step EDM generators"),

@@ -17,6 +17,7 @@ from PIL import Image
 from di_refine.commands.pretrain import main
 from di_refine.errors import InputError
 from di_refine.files import networks
+from di_refine.files.datasets import ImageDataset
 from di_refine.metrics.detectors import load_detector
 from di_refine.metrics.statistics import FeatureStatistics
 from stylegan2_ada.adversarial import AdversarialTrainer
@@ -167,7 +168,24 @@ def test_labels_resolution_and_kwargs(tmp_path, data, command):
     assert getattr(conditional[key], attribute) == 3 and getattr(unconditional[key], attribute) == 0
     assert conditional[key].img_resolution == 16 and conditional[key].img_channels == 1
     described = conditional["dataset_kwargs" if command is TEACHER else "training_set_kwargs"]
-    assert described["resolution"] == 16 and described["use_labels"] is True
+    assert described == {
+        "class_name": "training.dataset.ImageFolderDataset",
+        "path": str(data.absolute()),
+        "use_labels": True,
+        "max_size": len(ImageDataset(data)),
+        "xflip": False,
+        "resolution": 16,
+    }
+
+
+@pytest.mark.parametrize("command", [TEACHER, GAN])
+def test_kwargs_of_mirrored_data_found_from_a_folder(tmp_path, data, command, monkeypatch):
+    """The official data set class mirrors after it has counted."""
+    monkeypatch.chdir(data.parent)
+    saved = persistence.load(report(pretrain(command, data.name, tmp_path, "--kimg=0.004", "--mirror"))["snapshot"])
+    described = saved["dataset_kwargs" if command is TEACHER else "training_set_kwargs"]
+    assert described["path"] == str(data.absolute())
+    assert described["xflip"] is True and described["max_size"] == len(ImageDataset(data))
 
 
 def test_gan_carries_its_augmentation_and_teacher_its_augment_input(tmp_path, data):

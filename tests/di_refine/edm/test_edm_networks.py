@@ -260,11 +260,22 @@ def test_compiles_without_graph_breaks():
     assert_close(compiled(x, sigma, labels), net(x, sigma, labels).detach(), 1e-6)
 
 
+@pytest.mark.parametrize("model_type", ["SongUNet", "DhariwalUNet"])
+def test_plain_forms_of_what_old_torch_lacks(model_type, monkeypatch):
+    arguments = {**TINY, "model_type": model_type, **({"model_channels": 64} if model_type == "DhariwalUNet" else {})}
+    net = randomised(networks.EDMPrecond(**arguments))
+    x, sigma, labels = torch.randn(2, 1, 16, 16), torch.tensor([0.3, 4.0]), torch.eye(4)[:2]
+    expected = net(x, sigma, labels).detach()
+    monkeypatch.delattr(torch.nn.functional, "scaled_dot_product_attention")
+    monkeypatch.setattr(networks, "_KNOWS_AUTOCAST", False)
+    assert_close(net(x, sigma, labels).detach(), expected, 1e-6)
+
+
 def test_source_stands_alone(monkeypatch):
     """The module's text goes into pickles: it has to run anywhere, under a decorator that subclasses, as others' do."""
     source = inspect.getsource(networks)
     imports = [line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))]
-    assert set(imports) == {"contextlib", "math", "collections", "numpy", "torch", "torch_utils"}
+    assert set(imports) == {"__future__", "contextlib", "math", "collections", "numpy", "torch", "torch_utils"}
 
     def subclassing(cls):
         return type(cls.__name__, (cls,), {"__module__": cls.__module__})
