@@ -66,6 +66,7 @@ def main(ctx, source, dest, overwrite, key, noise_mode, truncation, init_sigma):
 
     from di_refine.files import onnx_export, registry, safetensors_pair
     from di_refine.files.download import sha256_of
+    from di_refine.files.networks import say
     from torch_utils import persistence
 
     dest = Path(dest)
@@ -80,12 +81,17 @@ def main(ctx, source, dest, overwrite, key, noise_mode, truncation, init_sigma):
     for output in outputs:
         cli.check_outfile(output, "--dest", overwrite)
     path = registry.resolve(source, setting="source")
-    networks = safetensors_pair.load_either(path)
+    notes: list[str] = []
+    networks = safetensors_pair.load_either(path, notes)
+    for note in notes:
+        say(f"{path}: {note}")
     dest.parent.mkdir(parents=True, exist_ok=True)
     if form == "pickle":
         persistence.save(networks, dest)
     elif form == "safetensors":
-        safetensors_pair.save(networks, dest)
+        for left_out in safetensors_pair.save(networks, dest):
+            say(f"{dest}: '{left_out}' is left out, since only pickles hold what is of a class that is not known here")
+            del networks[left_out]
     else:
         key, model = _model(networks, path, key, noise_mode, truncation, init_sigma)
         onnx_export.save(model, dest, {"network": type(model.net).__name__, "key": key, "source": path.name})

@@ -1,6 +1,8 @@
 """Network files: what kind of network a pickle holds, and which of its networks is the one to use."""
 
+import functools
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 from di_refine.edm.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from di_refine.errors import InputError
 from stylegan2_ada.networks import Generator
-from torch_utils import persistence
+from torch_utils import distributed, persistence
 
 STYLEGAN2, EDM, DISTILLED = "stylegan2", "edm", "distilled"
 """Kinds of network files: a StyleGAN2 generator, an EDM diffusion model, and one that was distilled to few steps."""
@@ -29,7 +31,7 @@ class NetworkFile:
         path: where it was read from.
         kind: `STYLEGAN2`, `EDM` or `DISTILLED`.
         average: the averaged network, a module, which is the one to use.
-        networks: all that the file holds, by its keys.
+        networks: all that the file holds, by its keys; what is not needed and of no use here as the file has it.
         sigmas: the noise levels of a distilled generator, one per step; None for other kinds.
     """
 
@@ -60,10 +62,13 @@ def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
     Raises:
         InputError: naming the setting and the file, when it is no network file or holds neither kind of network.
     """
+    notes: list[str] = []
     try:
-        networks = persistence.load(path)
+        networks = persistence.load(path, notes)
     except persistence.NetworkFormatError as error:
         raise InputError(f"`{setting}`: {error}") from None
+    for note in notes:
+        say(f"{path}: {note}")
     average = networks.get("G_ema")
     if isinstance(average, Generator):
         return NetworkFile(Path(path), STYLEGAN2, average, networks)
@@ -73,3 +78,10 @@ def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
         sigmas = networks.get("distilled_sigmas")
         return NetworkFile(Path(path), EDM if sigmas is None else DISTILLED, average, networks, sigmas)
     raise InputError(f"`{setting}`: {path} holds neither a StyleGAN2 generator (G_ema) nor an EDM network (ema)")
+
+
+@functools.cache
+def say(note: str) -> None:
+    """Write a note on stderr, once however often the file is read, and of several processes only in the first."""
+    if distributed.is_first():
+        print(f"note: {note}", file=sys.stderr, flush=True)
