@@ -12,13 +12,16 @@ from di_refine.errors import InputError
 from stylegan2_ada.networks import Generator
 from torch_utils import distributed, persistence
 
-STYLEGAN2, EDM, DISTILLED = "stylegan2", "edm", "distilled"
-"""Kinds of network files: a StyleGAN2 generator, an EDM diffusion model, and one that was distilled to few steps."""
+STYLEGAN2, EDM, DISTILLED, ONE_STEP = "stylegan2", "edm", "distilled", "one-step"
+"""Kinds of network files: a StyleGAN2 generator, an EDM diffusion model, one that was distilled to few steps, and one
+that another project distilled to one step, from a noise level that the file does not say."""
 
 NAMES = {
     STYLEGAN2: "a StyleGAN2 generator",
     EDM: "an EDM diffusion model",
     DISTILLED: "a generator that was distilled from a diffusion model, so it is no diffusion model any more",
+    ONE_STEP: "a one-step generator of another project (it holds `Sg`, the score network of its training), so it is no "
+    "diffusion model any more",
 }
 DENOISERS = (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)
 
@@ -29,7 +32,7 @@ class NetworkFile:
 
     Attributes:
         path: where it was read from.
-        kind: `STYLEGAN2`, `EDM` or `DISTILLED`.
+        kind: `STYLEGAN2`, `EDM`, `DISTILLED` or `ONE_STEP`.
         average: the averaged network, a module, which is the one to use.
         networks: all that the file holds, by its keys; what is not needed and of no use here as the file has it.
         sigmas: the noise levels of a distilled generator, one per step; None for other kinds.
@@ -76,7 +79,8 @@ def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
     average = networks.get("ema", average)
     if isinstance(average, DENOISERS):
         sigmas = networks.get("distilled_sigmas")
-        return NetworkFile(Path(path), EDM if sigmas is None else DISTILLED, average, networks, sigmas)
+        kind = DISTILLED if sigmas is not None else ONE_STEP if "Sg" in networks else EDM
+        return NetworkFile(Path(path), kind, average, networks, sigmas)
     raise InputError(f"`{setting}`: {path} holds neither a StyleGAN2 generator (G_ema) nor an EDM network (ema)")
 
 

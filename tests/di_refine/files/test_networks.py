@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from golden_io import GOLDEN
 
-from di_refine.commands import convert, inspect
+from di_refine.commands import convert, generate, inspect
+from di_refine.denoisers import load_denoiser
 from di_refine.errors import InputError
 from di_refine.files import networks, safetensors_pair
+from di_refine.generators import load_sampler
 from stylegan2_ada.networks import Generator
 from torch_utils import persistence
 
@@ -102,3 +105,26 @@ def test_an_average_of_an_unknown_class_is_refused(tmp_path):
     persistence.save(swapped, tmp_path / "swapped.pkl")
     with pytest.raises(InputError, match="'G_ema' refers to pg_modules.discriminator.ProjectedDiscriminator"):
         networks.load(tmp_path / "swapped.pkl")
+
+
+def test_one_step_generators_of_other_projects(tmp_path):
+    """Their files look like those of diffusion models, but the network knows one noise level only."""
+    average = persistence.load(GOLDEN / "distill/teacher.pkl")["ema"]
+    path = tmp_path / "sid.pkl"
+    persistence.save({"ema": average, "Sg": average}, path)
+    with pytest.raises(InputError, match="teacher=.*one-step generator of another project.*`Sg`"):
+        load_denoiser(path)
+    with pytest.raises(InputError, match="`init_sigma` is needed"):
+        load_sampler(path)
+    assert load_sampler(path, init_sigma=2.5).images([0], torch.zeros(1, average.label_dim)).isfinite().all()
+
+
+def test_generating_with_a_diffusion_model_tells_of_one_step_files(tmp_path):
+    """A network that was distilled elsewhere and saved alone cannot be told from a diffusion model."""
+    path = GOLDEN / "distill/teacher.pkl"
+    arguments = [f"--network={path}", "--seeds=0", "--steps=2", "--device=cpu", f"--outdir={tmp_path}"]
+    result = CliRunner().invoke(generate.main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "give the noise level with --init-sigma" in result.stderr
+    result = CliRunner().invoke(generate.main, [*arguments, "--init-sigma=2.5"])
+    assert result.exit_code == 0 and "note:" not in result.stderr
