@@ -66,7 +66,7 @@ def main(ctx, source, dest, overwrite, key, noise_mode, truncation, init_sigma):
 
     from di_refine.files import onnx_export, registry, safetensors_pair
     from di_refine.files.download import sha256_of
-    from di_refine.files.networks import say
+    from di_refine.files.networks import explained, say
     from torch_utils import persistence
 
     dest = Path(dest)
@@ -82,7 +82,10 @@ def main(ctx, source, dest, overwrite, key, noise_mode, truncation, init_sigma):
         cli.check_outfile(output, "--dest", overwrite)
     path = registry.resolve(source, setting="source")
     notes: list[str] = []
-    networks = safetensors_pair.load_either(path, notes)
+    try:
+        networks = safetensors_pair.load_either(path, notes)
+    except persistence.NetworkFormatError as error:
+        raise InputError(explained(error, path)) from None
     for note in notes:
         say(f"{path}: {note}")
     dest.parent.mkdir(parents=True, exist_ok=True)

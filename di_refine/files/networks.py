@@ -9,6 +9,7 @@ from typing import Any
 
 from di_refine.edm.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from di_refine.errors import InputError
+from di_refine.files import foreign
 from stylegan2_ada.networks import Generator
 from torch_utils import distributed, persistence
 
@@ -69,7 +70,7 @@ def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
     try:
         networks = persistence.load(path, notes)
     except persistence.NetworkFormatError as error:
-        raise InputError(f"`{setting}`: {error}") from None
+        raise InputError(f"`{setting}`: {explained(error, path)}") from None
     for note in notes:
         say(f"{path}: {note}")
     average = networks.get("G_ema")
@@ -81,7 +82,14 @@ def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
         sigmas = networks.get("distilled_sigmas")
         kind = DISTILLED if sigmas is not None else ONE_STEP if "Sg" in networks else EDM
         return NetworkFile(Path(path), kind, average, networks, sigmas)
-    raise InputError(f"`{setting}`: {path} holds neither a StyleGAN2 generator (G_ema) nor an EDM network (ema)")
+    neither = f"{path} holds neither a StyleGAN2 generator (G_ema) nor an EDM network (ema)"
+    raise InputError(f"`{setting}`: {explained(neither, path)}")
+
+
+def explained(error: object, path: str | os.PathLike) -> str:
+    """What a file is that could not be read, where it is recognised; else the error itself."""
+    what = foreign.identify(path)
+    return str(error) if what is None else f"{path} is {what}"
 
 
 @functools.cache

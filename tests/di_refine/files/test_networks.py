@@ -128,3 +128,55 @@ def test_generating_with_a_diffusion_model_tells_of_one_step_files(tmp_path):
     assert "give the noise level with --init-sigma" in result.stderr
     result = CliRunner().invoke(generate.main, [*arguments, "--init-sigma=2.5"])
     assert result.exit_code == 0 and "note:" not in result.stderr
+
+
+FOREIGN = {
+    "rosinality.pt": "a torch.save checkpoint; no command",
+    "rosinality_old.pt": "a torch.save checkpoint in the form before PyTorch 1.6; no command",
+    "ddpm": "a diffusers folder; no command",
+    "ddpm/unet/diffusion_pytorch_model.safetensors": "safetensors without the JSON",
+    "web_page.pkl": "a web page; the download went wrong",
+    "web_page2.pkl": "a web page; the download went wrong",
+    "edm2.pkl": "a network of EDM2; no command",
+    "diffusion-gan.npz": "arrays of NumPy",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_files_are_called_by_their_name(name):
+    for load in (networks.load, load_denoiser, load_sampler):
+        with pytest.raises(InputError, match=f"{name} is {FOREIGN[name]}"):
+            load(CASES / name)
+
+
+@pytest.mark.parametrize("name", ["rosinality.pt", "edm2.pkl", "web_page.pkl"])
+def test_converting_a_foreign_file_names_it(name, tmp_path):
+    result = CliRunner().invoke(convert.main, [f"--source={CASES / name}", f"--dest={tmp_path / 'a.pkl'}"])
+    assert result.exit_code == 2 and f"{name} is {FOREIGN[name]}" in result.stderr
+
+
+def test_our_own_pairs_are_told_from_others(tmp_path):
+    safetensors_pair.save({"ema": persistence.load(GOLDEN / "distill/teacher.pkl")["ema"]}, tmp_path / "a")
+    with pytest.raises(InputError, match="a.safetensors is one of a pair.*di_refine convert"):
+        networks.load(tmp_path / "a.safetensors")
+
+
+def _generator(**layers):
+    synthesis = persistence.Record("SynthesisNetwork", {"_modules": layers}, "")
+    return persistence.Record("Generator", {"_modules": {"synthesis": synthesis}}, "")
+
+
+@pytest.mark.parametrize(
+    "content, name",
+    [
+        ({"G_ema": _generator(input=None)}, "a StyleGAN3 generator"),
+        ({"G_ema": _generator(input=None), "D": persistence.load_records(CASES / "plain_D.pkl")["D"]}, "a StyleGAN-XL"),
+        ({"G_ema": persistence.Record("SuperresGenerator", {}, "")}, "a StyleGAN-XL generator"),
+        ({"G_ema": _generator(init=None, feat_8=None)}, "a FastGAN generator"),
+        ({"capture_all": False, "capture_mean_cov": True, "num_features": 2048}, "a metric cache"),
+    ],
+)
+def test_pickles_of_other_projects_are_called_by_their_name(content, name, tmp_path):
+    persistence.save(content, tmp_path / "a.pkl")
+    with pytest.raises(InputError, match=f"a.pkl is {name}"):
+        networks.load(tmp_path / "a.pkl")
