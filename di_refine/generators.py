@@ -304,7 +304,8 @@ def load_sampler(
         settings: further arguments of `NetworkSampler`.
 
     Raises:
-        InputError: the file holds no such network, or another kind than a setting is for.
+        InputError: the file holds no such network, another kind than a setting is for, or a one-step generator of
+            another project and no `init_sigma`.
     """
     file = networks.load(path)
     if file.kind == networks.STYLEGAN2:
@@ -314,6 +315,11 @@ def load_sampler(
     if truncation != 1:
         raise InputError(f"truncation={truncation:g} is for StyleGAN2 generators, and {path} is a diffusion network")
     sigmas = file.sigmas if init_sigma is None else [init_sigma]
+    if sigmas is None and file.kind == networks.ONE_STEP:
+        raise InputError(
+            f"`init_sigma` is needed: {path} is {networks.NAMES[file.kind]}; it makes images from one noise level, "
+            "which the file does not say (2.5 is usual)"
+        )
     if sigmas is not None:
         return GeneratorSampler(DistilledGenerator(file.average, sigmas), device, **settings)
     return DiffusionSampler(file.average, device, steps, **settings)

@@ -72,6 +72,7 @@ def main(ctx, source, dest, overwrite, refresh_source, key, noise_mode, truncati
 
     from di_refine.files import onnx_export, registry, safetensors_pair
     from di_refine.files.download import sha256_of
+    from di_refine.files.networks import explained, say
     from torch_utils import persistence
 
     dest = Path(dest)
@@ -88,7 +89,13 @@ def main(ctx, source, dest, overwrite, refresh_source, key, noise_mode, truncati
     for output in outputs:
         cli.check_outfile(output, "--dest", overwrite)
     path = registry.resolve(source, setting="source")
-    networks = safetensors_pair.load_either(path)
+    notes: list[str] = []
+    try:
+        networks = safetensors_pair.load_either(path, notes)
+    except persistence.NetworkFormatError as error:
+        raise InputError(explained(error, path)) from None
+    for note in notes:
+        say(f"{path}: {note}")
     dest.parent.mkdir(parents=True, exist_ok=True)
     modules = [name for name, value in networks.items() if isinstance(value, torch.nn.Module)]
     if refresh_source:
@@ -101,7 +108,9 @@ def main(ctx, source, dest, overwrite, refresh_source, key, noise_mode, truncati
     if form == "pickle":
         persistence.save(networks, dest)
     elif form == "safetensors":
-        safetensors_pair.save(networks, dest)
+        for left_out in safetensors_pair.save(networks, dest):
+            say(f"{dest}: '{left_out}' is left out, since only pickles hold what is of a class that is not known here")
+            del networks[left_out]
     else:
         key, model = _model(networks, path, key, noise_mode, truncation, init_sigma)
         onnx_export.save(model, dest, {"network": type(model.net).__name__, "key": key, "source": path.name})

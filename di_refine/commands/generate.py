@@ -54,13 +54,19 @@ def main(network, seeds, label, truncation, steps, init_sigma, noise_mode, grid,
     import torch
 
     from di_refine.files import pictures, registry
-    from di_refine.generators import load_sampler
+    from di_refine.generators import DiffusionSampler, load_sampler
 
     place = cli.pick_device(device)
     folder = cli.check_outdir(outdir)
     sampler = load_sampler(
         registry.resolve(network), steps, truncation, place, init_sigma=init_sigma, noise_mode=noise_mode, label=label
     )
+    if isinstance(sampler, DiffusionSampler):
+        click.echo(
+            f"note: {network} is sampled as a diffusion model, in {steps} steps; if it was distilled to one step, give "
+            "the noise level with --init-sigma",
+            err=True,
+        )
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     with terminal.progress(len(seeds), "generating", "img") as bar:

@@ -7,6 +7,7 @@ import click
 
 from di_refine import terminal
 from di_refine.commands import cli
+from di_refine.errors import InputError
 
 
 @cli.command()
@@ -25,12 +26,17 @@ def main(network, layers, dump_source):
     """
     # These import PyTorch, which --help must not wait for.
     from di_refine.files import network_report, registry
+    from di_refine.files.networks import explained
     from torch_utils import misc
+    from torch_utils.persistence import NetworkFormatError
 
     path = registry.resolve(network, setting="network")
     if dump_source is not None:
         cli.check_outdir(dump_source, "--dump-source")
-    report, texts = network_report.describe(path)
+    try:
+        report, texts = network_report.describe(path)
+    except NetworkFormatError as error:
+        raise InputError(explained(error, path)) from None
     _print(report, layers)
     report["sources"] = network_report.judge_sources(texts, path.name)
     for digest, verdict in report["sources"].items():

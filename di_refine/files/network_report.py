@@ -13,7 +13,7 @@ import torch
 from di_refine.files import registry, safetensors_pair
 from di_refine.files.download import sha256_of
 from torch_utils import misc, persistence
-from torch_utils.persistence import TENSORFLOW_NETWORK, Record, printable
+from torch_utils.persistence import TENSORFLOW_NETWORK, Opaque, Record, Unknown, printable
 
 _KINDS = {
     "Generator": "stylegan2",
@@ -51,6 +51,8 @@ def describe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     texts: dict[str, str] = {}
     for key, value in content.items():
         key = printable(key)
+        if isinstance(value, (Opaque, Unknown)):
+            value = Record(str(persistence.unknown_in(value)), {})
         if not isinstance(value, Record):
             report["settings"][key] = _plain(value)
             continue

@@ -1,22 +1,28 @@
 """Network files: what kind of network a pickle holds, and which of its networks is the one to use."""
 
+import functools
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from di_refine.edm.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from di_refine.errors import InputError
+from di_refine.files import foreign
 from stylegan2_ada.networks import Generator
-from torch_utils import persistence
+from torch_utils import distributed, persistence
 
-STYLEGAN2, EDM, DISTILLED = "stylegan2", "edm", "distilled"
-"""Kinds of network files: a StyleGAN2 generator, an EDM diffusion model, and one that was distilled to few steps."""
+STYLEGAN2, EDM, DISTILLED, ONE_STEP = "stylegan2", "edm", "distilled", "one-step"
+"""Kinds of network files: a StyleGAN2 generator, an EDM diffusion model, one that was distilled to few steps, and one
+that another project distilled to one step, from a noise level that the file does not say."""
 
 NAMES = {
     STYLEGAN2: "a StyleGAN2 generator",
     EDM: "an EDM diffusion model",
     DISTILLED: "a generator that was distilled from a diffusion model, so it is no diffusion model any more",
+    ONE_STEP: "a one-step generator of another project (it holds `Sg`, the score network of its training), so it is no "
+    "diffusion model any more",
 }
 DENOISERS = (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)
 
@@ -27,9 +33,9 @@ class NetworkFile:
 
     Attributes:
         path: where it was read from.
-        kind: `STYLEGAN2`, `EDM` or `DISTILLED`.
+        kind: `STYLEGAN2`, `EDM`, `DISTILLED` or `ONE_STEP`.
         average: the averaged network, a module, which is the one to use.
-        networks: all that the file holds, by its keys.
+        networks: all that the file holds, by its keys; what is not needed and of no use here as the file has it.
         sigmas: the noise levels of a distilled generator, one per step; None for other kinds.
     """
 
@@ -60,10 +66,13 @@ def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
     Raises:
         InputError: naming the setting and the file, when it is no network file or holds neither kind of network.
     """
+    notes: list[str] = []
     try:
-        networks = persistence.load(path)
+        networks = persistence.load(path, notes)
     except persistence.NetworkFormatError as error:
-        raise InputError(f"`{setting}`: {error}") from None
+        raise InputError(f"`{setting}`: {explained(error, path)}") from None
+    for note in notes:
+        say(f"{path}: {note}")
     average = networks.get("G_ema")
     if isinstance(average, Generator):
         return NetworkFile(Path(path), STYLEGAN2, average, networks)
@@ -71,5 +80,20 @@ def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
     average = networks.get("ema", average)
     if isinstance(average, DENOISERS):
         sigmas = networks.get("distilled_sigmas")
-        return NetworkFile(Path(path), EDM if sigmas is None else DISTILLED, average, networks, sigmas)
-    raise InputError(f"`{setting}`: {path} holds neither a StyleGAN2 generator (G_ema) nor an EDM network (ema)")
+        kind = DISTILLED if sigmas is not None else ONE_STEP if "Sg" in networks else EDM
+        return NetworkFile(Path(path), kind, average, networks, sigmas)
+    neither = f"{path} holds neither a StyleGAN2 generator (G_ema) nor an EDM network (ema)"
+    raise InputError(f"`{setting}`: {explained(neither, path)}")
+
+
+def explained(error: object, path: str | os.PathLike) -> str:
+    """What a file is that could not be read, where it is recognised; else the error itself."""
+    what = foreign.identify(path)
+    return str(error) if what is None else f"{path} is {what}"
+
+
+@functools.cache
+def say(note: str) -> None:
+    """Write a note on stderr, once however often the file is read, and of several processes only in the first."""
+    if distributed.is_first():
+        print(f"note: {note}", file=sys.stderr, flush=True)

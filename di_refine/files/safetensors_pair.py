@@ -52,16 +52,21 @@ def tensors_path(path: str | os.PathLike) -> Path:
     return Path(path).with_suffix(".safetensors")
 
 
-def save(networks: dict[str, Any], path: str | os.PathLike) -> None:
+def save(networks: dict[str, Any], path: str | os.PathLike) -> list[str]:
     """Write networks as `NAME.safetensors` and `NAME.json`.
 
     Args:
         networks: as `torch_utils.persistence.load` returns them.
         path: either of the two files.
 
+    Returns:
+        The keys of what is left out, because it is of a class that is not known here.
+
     Raises:
         NetworkFormatError: something in `networks` cannot be written into such files.
     """
+    left_out = [key for key, value in networks.items() if persistence.unknown_in(value) is not None]
+    networks = {key: value for key, value in networks.items() if key not in left_out}
     content = persistence.to_records(networks, path)
     encoder = _Encoder()
     try:
@@ -82,6 +87,7 @@ def save(networks: dict[str, Any], path: str | os.PathLike) -> None:
         file.write(blob)
     with misc.open_atomic(config_path(path), "w") as file:
         json.dump(config, file, indent=1, allow_nan=False)
+    return left_out
 
 
 def load(path: str | os.PathLike) -> dict[str, Any]:
@@ -93,13 +99,19 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     return persistence.from_records(load_records(path), os.fspath(path))
 
 
-def load_either(path: str | os.PathLike) -> dict[str, Any]:
+def load_either(path: str | os.PathLike, notes: list[str] | None = None) -> dict[str, Any]:
     """Read a pair, or where `path` has another ending than those of a pair, a pickle.
+
+    Args:
+        path: either file of a pair, or the pickle.
+        notes: a sentence is added for each part of the file that is of no use here.
 
     Raises:
         NetworkFormatError: names the file and says why it is not usable.
     """
-    return load(path) if Path(path).suffix in SUFFIXES else persistence.load(path)
+    if Path(path).suffix in SUFFIXES:
+        return persistence.from_records(load_records(path), os.fspath(path), notes)
+    return persistence.load(path, notes)
 
 
 def load_records(path: str | os.PathLike) -> dict[str, Any]:

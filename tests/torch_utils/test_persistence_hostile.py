@@ -229,6 +229,23 @@ def repeated_storage():
     return b"\x80\x04" + code(big) + b"q\x000](" + (make + b"h\x00\x85R") * 1000 + b"e."
 
 
+def repeated_text():
+    """One text of 1 MB, made into bytes a thousand times."""
+    make = b"c_codecs\nencode\nh\x00h\x01\x86R"
+    return b"\x80\x02" + code("x" * 2**20) + b"q\x00" + code("latin1") + b"q\x0100](" + make * 1000 + b"e."
+
+
+def opaque_chain(depth):
+    """What an unknown function would return, called, and what that would return, called ..."""
+    return Raw(glob("os", "system") + b")R" * depth)
+
+
+def opaque_ways(count, name="G"):
+    """As many names for a long chain, beside a network."""
+    names = b"".join(code(f"{index}") + b"h\x00)R" for index in range(count))
+    return b"\x80\x04" + opaque_chain(count) + b"q\x000}(" + names + code(name) + record(state=tiny()) + b"u."
+
+
 def test_pythons_own_unpickler_runs_what_these_files_name():
     """Python's own unpickler does run what these files name."""
     pickle.loads(dump({"x": FORBIDDEN["hostile_module.poke"], "y": FORBIDDEN["builtins.eval"]}))
@@ -270,7 +287,7 @@ FORBIDDEN = {
     "torch.nn.modules.container.Sequential": new("torch.nn.modules.container", "Sequential"),
     "dnnlib.util.EasyDict.update": glob("dnnlib.util", "EasyDict.update"),
     "numpy.load": call("numpy", "load", "x.npy"),
-    "_codecs.encode": call("_codecs", "encode", "x", "latin1"),
+    "_codecs.decode": call("_codecs", "decode", b"x", "zip"),
     "webbrowser.open": call("webbrowser", "open", "http://example.org"),
 }
 
@@ -325,7 +342,7 @@ HOSTILE = {
     "extension code 2": (b"\x80\x04\x83\x01\x00.", "EXT2"),
     "extension code 4": (b"\x80\x04\x84\x01\x00\x00\x00.", "EXT4"),
     "INST": (b"\x80\x04" + OBJECT + b".", "INST"),
-    "OBJ": (b"\x80\x04(" + glob("hostile_module", "Trap") + b"o.", "hostile_module.Trap"),
+    "OBJ": (b"\x80\x04(" + glob("hostile_module", "Trap") + b"o.", "OBJ"),
     "OBJ without global": (b"\x80\x04(No.", "OBJ"),
     "persistent id": (b"\x80\x04Pabc\n.", "PERSID"),
     "binary persistent id": (b"\x80\x04NQ.", "persistent id"),
@@ -361,6 +378,28 @@ HOSTILE = {
     "itself in arguments": (arguments(options=Raw(b"]q\x05h\x05a")), "RecursionError|too many"),
     "one blob a thousand times": (repeated_storage(), "released memoryview"),
     "three million empty sets": (b"\x80\x04(" + b"\x8f" * 3_000_000 + b"t.", "more than 1000000"),
+    "one text a thousand times as bytes": (repeated_text(), "again and again"),
+    "bytes of another encoding": (dump({"x": call("_codecs", "encode", "eJwDAAAAAAE=", "zip")}), "made of text by zip"),
+    "a million unknown names": (b"\x80\x04](" + glob("os", "x") * 1_000_000 + b"e.", "more than 1000000"),
+    "unknown within unknown": (dump({"x": opaque_chain(100_000)}), "os.system, which is not allowed"),
+    "many ways to one unknown": (opaque_ways(100_000), "os.system, which is not allowed"),
+    "many ways beside a network": (opaque_ways(100_000, "G_ema"), "RecursionError"),
+    "many things that cannot be written": (
+        dump({"G_ema": record(state=tiny()), **{f"x{index}": glob("numpy", "ndarray") for index in range(9)}}),
+        "'x4': a Global cannot be written",
+    ),
+    "laughs for something unknown": (
+        dump({"x": build(call("os", "system", laughs()), {"a": laughs()})}),
+        "os.system, which is not allowed",
+    ),
+    "two states of something unknown": (
+        dump({"x": build(build(new("os", "system"), {"a": 1}), {"a": 2})}),
+        "sets the state of a Opaque",
+    ),
+    "unknown within a needed network": (
+        dump({"G_ema": record(state=tiny(extra=[call("os", "system")])), "G": record(state=tiny())}),
+        "'G_ema' .HostileTiny.: refers to os.system",
+    ),
     # Records.
     "record of a wrong type": (dump({"G": record(type="function")}), "only classes of version 6"),
     "record of a wrong version": (dump({"G": record(version=7)}), "version 7"),
@@ -473,7 +512,7 @@ HOSTILE = {
     "wrong magic number": (dump({"x": storage(magic=5)}), "magic number"),
     "wrong storage protocol": (dump({"x": storage(protocol=1002)}), "magic number or protocol"),
     "big-endian": (dump({"x": storage(system={"little_endian": False})}), "little-endian"),
-    "storage on the GPU": (dump({"x": storage(location="cuda:0")}), "not on the CPU"),
+    "storage on no device": (dump({"x": storage(location="meta:0")}), "meta:0, which is no device"),
     "storage keys disagree": (dump({"x": storage(keys=["2"])}), "keys disagree"),
     "unknown storage class": (dump({"x": storage(kind="EvilStorage")}), "torch.EvilStorage, which is not allowed"),
     "code in a storage": (dump({"x": storage(system=call("hostile_module", "poke"))}), "hostile_module.poke"),
@@ -543,6 +582,32 @@ def test_records_within_records_are_not_followed(tmp_path):
     assert type(content["x"]) is HostileChild
     with pytest.raises(NetworkFormatError, match="not written, 'x': maximum recursion depth"):
         persistence.save(content, tmp_path / "again.pkl")
+
+
+def test_what_is_unknown_is_kept_beside_a_network_and_never_looked_up(tmp_path, monkeypatch):
+    """Neither reading nor writing imports anything, though it could be: the module is there."""
+    trap = build(new("hostile_module", "Trap"), {"x": 1, "pipe": glob("hostile_module", "poke"), "t": tensor()})
+    itself = Raw(new("hostile_module", "Trap") + b"q\x07" + code("self") + b"h\x07\x86b")
+    listed = Raw(call("hostile_module", "poke") + b"](" + code(1) + b"e0" + b"(" + code(2) + b"e")
+    parts = {"D": trap, "called": call("hostile_module", "poke", 1), "itself": itself, "listed": listed}
+    notes = []
+    content = persistence.load(dump({"G_ema": record(state=tiny()), **parts, "odd": glob("numpy", "ndarray")}), notes)
+    assert type(content["G_ema"]) is HostileTiny and set(content) == {"G_ema", *parts}
+    assert notes[0] == "'D' is a hostile_module.Trap, which is not known here; it is kept unopened"
+    assert "'odd' could not be written back and is left out" in notes[-1]
+    with monkeypatch.context() as patch:
+        patch.delitem(__import__("sys").modules, "hostile_module")
+        persistence.save(content, tmp_path / "a.pkl")
+        again = persistence.load(tmp_path / "a.pkl")
+        persistence.save(again, tmp_path / "b.pkl")
+    assert (tmp_path / "a.pkl").read_bytes() == (tmp_path / "b.pkl").read_bytes()
+    assert again["D"].state["x"] == 1 and torch.equal(again["D"].state["t"], torch.arange(6.0).reshape(2, 3))
+    assert again["itself"].state[1] is again["itself"] and again["listed"].items == [2]
+
+
+def test_tensors_of_a_gpu_are_read_on_the_cpu():
+    content = persistence.load(network(_parameters={"weight": parameter(source=storage(location="cuda:0"))}))
+    assert content["G"].weight.device.type == "cpu"
 
 
 def test_unknown_settings_objects_are_kept_unopened():

@@ -20,14 +20,16 @@ import torch
 from torch_utils import misc
 from torch_utils.persistence import builder, reader, writer
 from torch_utils.persistence.builder import Blueprint, blueprint
-from torch_utils.persistence.machine import NetworkFormatError, printable
-from torch_utils.persistence.reader import TENSORFLOW_NETWORK, Record
+from torch_utils.persistence.machine import NetworkFormatError, Opaque, Unknown, printable
+from torch_utils.persistence.reader import TENSORFLOW_NETWORK, Record, unknown_in
 
 __all__ = [
     "Blueprint",
     "NetworkFormatError",
+    "Opaque",
     "Record",
     "TENSORFLOW_NETWORK",
+    "Unknown",
     "blueprint",
     "from_records",
     "load",
@@ -38,6 +40,7 @@ __all__ = [
     "register_translator",
     "save",
     "to_records",
+    "unknown_in",
 ]
 
 Class = TypeVar("Class", bound=type)
@@ -50,8 +53,11 @@ _PROVIDERS = (
     "stylegan2_ada.tf_legacy",
     "di_refine.edm.networks",
 )
+_AVERAGES = ("G_ema", "ema")
 _NETWORK_KEYS = {"G", "D", "G_ema", "ema", "net", "Sg"}
 _TENSORFLOW_KEYS = ("G", "D", "G_ema")
+_MAX_NOTE = 200  # characters of what is wrong with a part that is not needed
+_MAX_LEFT_OUT = 4  # parts that are not needed and that `save` could not write
 _MAX_FILE = 2**33  # bytes; the largest published network of these families has 1.2 GB
 
 _classes: dict[str, list[type]] = {}
@@ -116,24 +122,27 @@ def register_translator(class_name: str, translate: Callable[[Record], Blueprint
 # Reading.
 
 
-def load(source: str | os.PathLike | bytes | IO[bytes]) -> dict[str, Any]:
+def load(source: str | os.PathLike | bytes | IO[bytes], notes: list[str] | None = None) -> dict[str, Any]:
     """Read a network pickle of StyleGAN2-ADA (also TensorFlow-era, or from the StyleGAN3 repository), EDM, or `save`.
 
     Nothing in the file is executed or imported.
 
     Args:
         source: path, the bytes themselves, or a binary file, which is read from where it stands to its end.
+        notes: a sentence is added for each part of the file that is of no use here.
 
     Returns:
         The dictionary in the file. Networks are modules of this project on the CPU, in eval mode, without gradients.
         Persistent objects without parameters that no class here fits (losses, some augmentation pipes) stay `Record`.
+        Beside an averaged network (`G_ema`, `ema`) so does any network that is unusable, and an object of a class that
+        is not known here is `Opaque`; `save` writes all of these back. What it could not write back is left out.
 
     Raises:
         NetworkFormatError: names the file and says why it is not usable.
     """
     name, data = _read_source(source)
     with _explained(name):
-        return _rebuild_all(_named(reader.read(data)))
+        return _rebuild_all(_named(reader.read(data)), notes)
 
 
 def load_records(source: str | os.PathLike | bytes | IO[bytes]) -> dict[str, Any]:
@@ -141,7 +150,7 @@ def load_records(source: str | os.PathLike | bytes | IO[bytes]) -> dict[str, Any
 
     Returns:
         The dictionary in the file: `Record` for every persistent object, known here or not, with tensors in its state;
-        plain data otherwise.
+        plain data otherwise, with `Opaque` and `Unknown` for what is of a class that is not known here.
 
     Raises:
         NetworkFormatError: names the file and says why it is not a network pickle.
@@ -151,18 +160,19 @@ def load_records(source: str | os.PathLike | bytes | IO[bytes]) -> dict[str, Any
         return _named(reader.read(data))
 
 
-def from_records(content: dict[str, Any], name: str) -> dict[str, Any]:
+def from_records(content: dict[str, Any], name: str, notes: list[str] | None = None) -> dict[str, Any]:
     """Return what `load` returns for a file with this content; it serves files of other formats.
 
     Args:
         content: as `load_records` or `to_records` returns it; taken over, not copied.
         name: of the file, for messages.
+        notes: as for `load`.
 
     Raises:
         NetworkFormatError: names the file and says why it is not usable.
     """
     with _explained(name):
-        return _rebuild_all(_named(content))
+        return _rebuild_all(_named(content), notes)
 
 
 @contextlib.contextmanager
@@ -231,19 +241,45 @@ def _named(content: Any) -> dict[str, Any]:
     return content
 
 
-def _rebuild_all(content: dict[str, Any]) -> dict[str, Any]:
+def _rebuild_all(content: dict[str, Any], notes: list[str] | None) -> dict[str, Any]:
     _import_providers()
     rebuilt: dict[int, Any] = {}
-    result = {}
+    memo: dict[Any, Any] = {}
+    result: dict[str, Any] = {}
+    problems: list[NetworkFormatError] = []
+    found: list[str] = []
+    left_out = 0
     for key, value in content.items():
-        if isinstance(value, Record):
-            if id(value) not in rebuilt:
-                rebuilt[id(value)] = _rebuild(printable(key), value)
-            result[key] = rebuilt[id(value)]
-        elif key in _NETWORK_KEYS and value is not None:
-            raise NetworkFormatError(f"'{key}' is a {type(value).__name__}, not a network")
-        else:
-            result[key] = writer.plain(value)
+        try:
+            if isinstance(value, Record):
+                if id(value) not in rebuilt:
+                    rebuilt[id(value)] = _rebuild(printable(key), value)
+                result[key] = rebuilt[id(value)]
+                continue
+            unknown = unknown_in(value) if isinstance(value, (Unknown, Opaque)) else None
+            if unknown is not None:
+                found.append(f"'{printable(key)}' is a {unknown}, which is not known here; it is kept unopened")
+                raise NetworkFormatError(f"'{printable(key)}' {unknown.refusal()}")
+            if key in _NETWORK_KEYS and value is not None:
+                raise NetworkFormatError(f"'{key}' is a {type(value).__name__}, not a network")
+        except NetworkFormatError as error:
+            if key in _AVERAGES or all(content.get(name) is None for name in _AVERAGES):
+                raise
+            if len(found) == len(problems):
+                found.append(f"{str(error)[:_MAX_NOTE]}; it is not needed and kept as it is")
+            problems.append(error)
+        try:
+            result[key] = writer.plain(value, memo)
+        except TypeError as error:
+            found.append(f"'{printable(key)}' could not be written back and is left out: {error}")
+            problems.append(NetworkFormatError(f"'{printable(key)}': {error}"))
+            left_out += 1
+            if left_out > _MAX_LEFT_OUT:  # finding that out may cost as much as reading the file, each time
+                raise problems[-1] from None
+    if problems and not any(isinstance(result.get(key), torch.nn.Module) for key in _AVERAGES):
+        raise problems[0]
+    if notes is not None:
+        notes += found
     return result
 
 
@@ -251,6 +287,11 @@ def _rebuild(key: str, record: Record) -> Any:
     """Return the object of a record, or the record itself where no class fits and none is needed."""
     label = f"'{key}' ({printable(record.class_name)})"
     try:
+        unknown = unknown_in(record) if key in _NETWORK_KEYS else None
+        if unknown is not None:
+            raise unknown.refusal()
+        if record.class_name not in {*_classes, *_translators}:
+            raise NetworkFormatError("the class is not known")
         plan = _translators.get(record.class_name, blueprint)(record) or blueprint(record)
         classes = _classes.get(plan.class_name, [])
         if not classes:
@@ -274,7 +315,10 @@ def _rebuild(key: str, record: Record) -> Any:
 
 
 def _has_parameters(record: Record) -> bool:
-    return any(layer.state.get("_parameters") for layer in builder.walk(record).values())
+    try:
+        return any(layer.state.get("_parameters") for layer in builder.walk(record).values())
+    except NetworkFormatError:  # what has layers that are no records may well have some
+        return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,8 +350,11 @@ def save(networks: dict[str, Any], path: str | os.PathLike, half: bool = False) 
         return writer.plain(builder.narrowed(record) if narrow else record, memo)
 
     content = _for_each(networks, path, convert)
-    with misc.open_atomic(path) as file:
-        writer.write(content, file, _reconstruct_persistent_obj)
+    try:
+        with misc.open_atomic(path) as file:
+            writer.write(content, file, _reconstruct_persistent_obj)
+    except RecursionError as error:
+        raise NetworkFormatError(f"{os.fspath(path)}: not written: {error}") from error
 
 
 def refresh_source(network: torch.nn.Module) -> bool:

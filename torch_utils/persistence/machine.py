@@ -2,8 +2,8 @@
 
 The opcodes that network pickles use are interpreted here instead of by `pickle.Unpickler`, whose C code can be made to
 allocate gigabytes by one memo index and to overflow the C stack by hashing nested tuples, and which keeps a second copy
-of every weight in its memo. Opcodes that are not listed in `_OPERATIONS` and globals that the caller did not list are
-refused by name.
+of every weight in its memo. Opcodes that are not listed in `_OPERATIONS` are refused by name. So are globals that the
+caller did not list, or else they become `Unknown`, and what the file makes of them `Opaque`: names and data, inert.
 """
 
 import pickle
@@ -56,6 +56,46 @@ class Global:
     value: Any = None
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Unknown:
+    """The name of a class or function that is not on the list; it is never looked up."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{printable(self.module)}.{printable(self.name)}"
+
+    def refusal(self) -> NetworkFormatError:
+        """Return the error for a place where nothing unknown can be used."""
+        return NetworkFormatError(f"refers to {self}, which is not allowed in a network pickle")
+
+
+@dataclass(eq=False, slots=True)
+class Opaque:
+    """An object that only something unknown could make: how the file describes it, without having been made.
+
+    Attributes:
+        root: what is unknown about it.
+        maker: what would be called; an `Unknown`, another `Opaque`, or a listed `Global` that was given one of these.
+        args: the arguments of the call.
+        new: whether `maker` is a class to be instantiated without its constructor.
+        state: what the object's state would be set to; None where the file sets none.
+        items, pairs: what would be appended to the object, and set in it as in a dictionary.
+    """
+
+    root: Unknown
+    maker: Any
+    args: tuple
+    new: bool
+    state: Any = None
+    items: list | None = None
+    pairs: list | None = None
+
+    def __deepcopy__(self, memo: dict) -> "Opaque":
+        return self  # never changed once the file is read, as records are
+
+
 @dataclass(eq=False)
 class PersistentId:
     """A persistent id, with the value that the file gives for it."""
@@ -68,7 +108,8 @@ class Machine:
 
     Args:
         data: the file, or a part of it; bytes objects in the pickle stay views of it.
-        globals_: what each (module, name) stands for; a pickle that names another global is refused.
+        globals_: what each (module, name) stands for.
+        keep_unknown: let other globals be `Unknown`; a pickle that names one is refused else.
         build: what BUILD calls with an object and its state; None: the opcode is refused.
         position: where the pickle begins; after `run`, where it ended.
         allow_persistent_id: let BINPERSID yield a `PersistentId`.
@@ -83,6 +124,7 @@ class Machine:
         position: int = 0,
         allow_persistent_id: bool = False,
         max_operations: int = 1_000_000,
+        keep_unknown: bool = False,
     ):
         self.data = data
         self.globals = globals_
@@ -90,9 +132,11 @@ class Machine:
         self.position = position
         self.allow_persistent_id = allow_persistent_id
         self.max_operations = max_operations
+        self.keep_unknown = keep_unknown
         self.stack: list = []
         self.marked: list[list] = []  # the stacks below each open mark
         self.memo: dict[int, Any] = {}
+        self.unknown: dict[tuple[str, str], Unknown] = {}
 
     def run(self) -> Any:
         """Return the object that the pickle describes.
@@ -127,10 +171,10 @@ class Machine:
         return str(self.take(size), "utf-8", "surrogatepass")
 
     def line(self) -> str:
-        begin = self.position
-        while self.take(1) != b"\n":
-            need(self.position - begin < 500, "a global with an endless name")
-        return str(self.data[begin : self.position - 1], "utf-8")
+        name, newline, _ = bytes(self.data[self.position : self.position + 500]).partition(b"\n")
+        need(bool(newline) or len(name) < 500, "a global with an endless name")
+        self.take(len(name) + 1)
+        return str(name, "utf-8")
 
     def pop(self) -> Any:
         need(bool(self.stack), "the stack is empty")
@@ -147,13 +191,20 @@ class Machine:
 
     def put_appended(self, items: list) -> None:
         target = self.top()
+        if isinstance(target, Opaque):
+            target.items = target.items or []
+            target = target.items
         need(isinstance(target, list), "an item for something that is no list")
         target.extend(items)
 
     def put_items(self, pairs: list) -> None:
         target = self.top()
-        need(isinstance(target, dict), "an item for something that is no dictionary")
         need(len(pairs) % 2 == 0, "a dictionary with half an item")
+        if isinstance(target, Opaque):
+            target.pairs = target.pairs or []
+            target.pairs.extend(pairs)
+            return
+        need(isinstance(target, dict), "an item for something that is no dictionary")
         for key, value in zip(pairs[::2], pairs[1::2]):
             need(type(key) is str or (type(key) is int and abs(key) < _MAX_KEY), "a dictionary key that is no string")
             if key in target:
@@ -161,12 +212,11 @@ class Machine:
             target[key] = value
 
     def find_global(self, module: Any, name: Any) -> None:
-        found = self.globals.get((module, name)) if type(module) is str and type(name) is str else None
-        if found is None:
-            raise NetworkFormatError(
-                f"refers to {printable(module)}.{printable(name)}, which is not allowed in a network pickle"
-            )
-        self.stack.append(found)
+        is_name = type(module) is str and type(name) is str
+        found = self.globals.get((module, name)) if is_name else None
+        if found is None and not (is_name and self.keep_unknown):
+            raise Unknown(module, name).refusal()
+        self.stack.append(found or self.unknown.setdefault((module, name), Unknown(module, name)))
 
     def memoize(self, index: int) -> None:
         self.memo[index] = self.top()
@@ -187,6 +237,8 @@ class Machine:
 
     def reduce(self) -> None:
         args, function = self.pop(), self.pop()
+        if self.put_opaque(function, args, new=False):
+            return
         if not isinstance(function, Global) or function.call is None:
             raise NetworkFormatError(f"calls {_kind(function)}, which is not allowed")
         least, most = function.arity
@@ -196,15 +248,31 @@ class Machine:
 
     def newobj(self) -> None:
         args, kind = self.pop(), self.pop()
+        if self.put_opaque(kind, args, new=True):
+            return
         if not isinstance(kind, Global) or kind.new is None or type(args) is not tuple or args:
             raise NetworkFormatError(f"instantiates {_kind(kind)}, which is not allowed")
         self.stack.append(kind.new())
+
+    def put_opaque(self, maker: Any, args: Any, new: bool) -> bool:
+        """Push a description in place of what a call gives, if it is one of or with something unknown; say whether."""
+        if type(args) is not tuple or not isinstance(maker, (Global, Unknown, Opaque)):
+            return False
+        inert = next((item for item in (maker, *args) if isinstance(item, (Unknown, Opaque))), None)
+        if inert is None:
+            return False
+        self.stack.append(Opaque(inert if isinstance(inert, Unknown) else inert.root, maker, args, new))
+        return True
 
     def build(self) -> None:
         if self.set_state is None:
             raise damaged("an object's state where there are no objects")
         state = self.pop()
-        self.set_state(self.top(), state)
+        target = self.top()
+        if isinstance(target, Opaque) and target.state is None:
+            target.state = state
+        else:
+            self.set_state(target, state)
 
     def frame(self) -> None:
         if self.uint(8) > len(self.data) - self.position:

@@ -1,19 +1,30 @@
 """The fixed list of globals that a network pickle may contain, what becomes of each, and torch's storage format.
 
-Nothing here imports or calls what a file names. A global is looked up in `_GLOBALS`; everything else is refused.
+Nothing here imports or calls what a file names. A global is looked up in `_GLOBALS`; everything else stays a name.
 """
 
 import math
 import pickle
+import re
 import struct
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from torch_utils.persistence.machine import Global, Machine, NetworkFormatError, PersistentId, need, printable
+from torch_utils.persistence.machine import (
+    Global,
+    Machine,
+    NetworkFormatError,
+    Opaque,
+    PersistentId,
+    Unknown,
+    need,
+    printable,
+)
 
 #: Class name of a TensorFlow-era network's record; its state is the dictionary the network was pickled with.
 TENSORFLOW_NETWORK = "dnnlib.tflib.network.Network"
@@ -82,17 +93,37 @@ def read(data: bytes) -> Any:
 
     Returns:
         Plain Python data (EasyDict becomes dict, NumPy scalars become Python numbers), `Record` for persistent objects,
-        `torch.Tensor` and `torch.nn.Parameter` (CPU, own memory, no gradient), `Array` for NumPy arrays.
+        `torch.Tensor` and `torch.nn.Parameter` (CPU, own memory, no gradient), `Array` for NumPy arrays;
+        `Unknown` and `Opaque` for what is not known here and for what it would make.
 
     Raises:
         NetworkFormatError: the file is not usable; the message has the reason, but not the name of the file.
     """
     check_outline(data[:64], data[-1:])
-    machine = Machine(memoryview(data), _GLOBALS, _build)
+    globals_ = {**_GLOBALS, ("_codecs", "encode"): Global("bytes", call=_bytes_of_text(len(data)), arity=(2, 2))}
+    machine = Machine(memoryview(data), globals_, _build, keep_unknown=True)
     content = machine.run()
     if machine.position != len(data):
         raise NetworkFormatError(f"{len(data) - machine.position} bytes of unknown data follow the pickle")
     return content
+
+
+def unknown_in(value: Any) -> Unknown | None:
+    """Return something that is not known here and that stands anywhere in a value from a file, or None."""
+    pending: list[Any] = [value]
+    seen: set[int] = set()
+    while pending:
+        item = pending.pop()
+        if isinstance(item, (Unknown, Opaque)):
+            return item if isinstance(item, Unknown) else item.root
+        if not isinstance(item, (Record, torch.nn.ModuleDict, dict, list, tuple)) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, (Record, torch.nn.ModuleDict)):
+            pending.append(item.state if isinstance(item, Record) else vars(item))
+        else:
+            pending += item.values() if isinstance(item, dict) else item
+    return None
 
 
 def check_outline(head: bytes, tail: bytes) -> None:
@@ -141,7 +172,10 @@ def _persistent_object(meta: Any) -> Record:
     fields = {"type": str, "version": int, "module_src": str, "class_name": str, "state": dict}
     need(isinstance(meta, dict), "a persistent object without a record")
     for field, kind in fields.items():
-        need(type(meta.get(field)) is kind, f"a persistent object whose '{field}' is no {kind.__name__}")
+        value = meta.get(field)
+        if isinstance(value, (Unknown, Opaque)):
+            raise (value if isinstance(value, Unknown) else value.root).refusal()
+        need(type(value) is kind, f"a persistent object whose '{field}' is no {kind.__name__}")
     if meta["type"] != "class" or meta["version"] != 6:
         raise NetworkFormatError(
             f"has a persistent object of type '{printable(meta['type'])}', version {meta['version']}; "
@@ -186,7 +220,9 @@ def _storage(blob: Any) -> _Elements:
     need(isinstance(handle, PersistentId) and type(handle.value) is tuple, "a storage without description")
     need(len(handle.value) == 6 and isinstance(handle.value[1], Global), "a storage with a malformed description")
     kind, storage_type, key, location, count, view = handle.value
-    need((kind, location, view) == ("storage", "cpu", None) and type(key) is str, "a storage that is not on the CPU")
+    need((kind, view) == ("storage", None) and type(key) is str, "a storage with a malformed description")
+    on_device = type(location) is str and re.fullmatch(r"cpu|(cuda|mps|xpu|npu)(:\d{1,3})?", location)
+    need(bool(on_device), f"a storage on {printable(location)}, which is no device")
     need(part() == [key], "a storage whose keys disagree")
     dtype = storage_type.value
     need(len(blob) - position >= 8, "a storage is truncated")
@@ -252,6 +288,23 @@ def _build(target: Any, state: Any) -> None:
         raise NetworkFormatError(f"the file sets the state of a {type(target).__name__}, which is not allowed")
 
 
+def _bytes_of_text(budget: int) -> Callable[[Any, Any], memoryview]:
+    """Return what stands for `_codecs.encode`, as which pickle protocols 1 and 2 write bytes; for one file.
+
+    Args:
+        budget: how many bytes there may be altogether: those that the file has. No text in it needs to be used twice.
+    """
+
+    def encode(text: Any, encoding: Any) -> memoryview:
+        nonlocal budget
+        need(type(text) is str and encoding == "latin1", f"bytes made of text by {printable(encoding)}")
+        budget -= len(text)
+        need(budget >= 0, "the same text is used for bytes again and again")
+        return memoryview(text.encode("latin1"))
+
+    return encode
+
+
 def _set(items: Any = None) -> set:
     items = [] if items is None else items
     need(type(items) is list and all(type(item) is str for item in items), "a malformed set")
@@ -273,6 +326,7 @@ _GLOBALS: dict[tuple[str, str], Global] = {
     ("collections", "OrderedDict"): Global("OrderedDict", call=OrderedDict),
     ("builtins", "set"): Global("set", call=_set, arity=(0, 1)),
     ("__builtin__", "set"): Global("set", call=_set, arity=(0, 1)),  # Python 2, or protocol 2
+    ("__builtin__", "bytes"): Global("bytes", call=lambda: memoryview(b"")),  # protocol 2, where there are none
     ("numpy", "dtype"): Global("numpy.dtype", call=_dtype, arity=(1, 3)),
     ("numpy", "ndarray"): Global("numpy.ndarray"),
 }

@@ -1,4 +1,4 @@
-"""Writes records in the layout of the official persistence code, through Python's own pickler."""
+"""Writes records in the layout of the official persistence code, through Python's own picklers."""
 
 import dataclasses
 import io
@@ -11,18 +11,28 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from torch_utils.persistence.reader import STORAGE_DTYPES, STORAGE_MAGIC, STORAGE_PROTOCOL, Record
+from torch_utils.persistence.machine import Opaque, Unknown
+from torch_utils.persistence.reader import (
+    STORAGE_DTYPES,
+    STORAGE_MAGIC,
+    STORAGE_PROTOCOL,
+    Array,
+    Record,
+    unknown_in,
+)
 
 PROTOCOL = 4
 
 
 def write(content: dict[str, Any], file: IO[bytes], reconstruct: Callable) -> None:
     """Pickle `content`: plain data (see `plain`), CPU tensors, and records, which become calls of `reconstruct`."""
-    _Pickler(file, reconstruct).dump(content)
+    kind = _Pickler if unknown_in(content) is None else _InertPickler
+    kind(file, reconstruct).dump(content)
 
 
 def plain(value: Any, memo: dict[Any, Any] | None = None) -> Any:
-    """Return a copy of `value` made of nothing but Python's own data types, CPU tensors and records; sharing is kept.
+    """Return a copy of `value` made of nothing but Python's own data types, numeric arrays, CPU tensors, records, and
+    what is unknown and inert; sharing is kept.
 
     NumPy scalars become Python numbers and dictionaries of other kinds plain ones (except ordered ones). Records of
     torch's ModuleDict become one that holds records.
@@ -49,6 +59,18 @@ def plain(value: Any, memo: dict[Any, Any] | None = None) -> Any:
         name, text = plain(value.class_name, memo), plain(value.module_src, memo)
         copy = dataclasses.replace(value, class_name=name, module_src=text, state=plain(value.state, memo))
         copy = _module_dict(copy) if value.module_src is None else copy
+    elif type(value) is torch.nn.ModuleDict:
+        copy = _module_dict(Record("ModuleDict", plain(vars(value), memo)))
+    elif isinstance(value, Opaque):
+        copy = Opaque(value.root, plain(value.maker, memo), plain(value.args, memo), value.new)
+        memo[id(value)] = (value, copy)  # before the rest of it, in which it may stand itself
+        copy.state, copy.items, copy.pairs = (plain(item, memo) for item in (value.state, value.items, value.pairs))
+    elif isinstance(value, Unknown):
+        copy = value
+    elif isinstance(value, Array) and value.value is not None:
+        copy = value.value
+    elif isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        copy = value
     elif isinstance(value, dict):
         kind = OrderedDict if isinstance(value, OrderedDict) else dict
         copy = kind((plain(key, memo), plain(item, memo)) for key, item in value.items())
@@ -136,11 +158,11 @@ class _DescriptionPickler(pickle.Pickler):
         return self.description if value is self.storage else None
 
 
-class _Pickler(pickle.Pickler):
-    """A pickler that writes tensors as torch's own pickling does, but with storage keys that are the same each time."""
+class _Reducing:
+    """Mixed into a pickler: it writes tensors as torch does, but with storage keys that are the same each time."""
 
     def __init__(self, file: IO[bytes], reconstruct: Callable):
-        super().__init__(file, protocol=PROTOCOL)
+        super().__init__(file, protocol=PROTOCOL)  # type: ignore[call-arg]
         self.reconstruct = reconstruct
         self.storages = 0
 
@@ -157,6 +179,51 @@ class _Pickler(pickle.Pickler):
         if isinstance(value, _Storage):
             return _LOAD_STORAGE, (value.blob(),)
         return NotImplemented
+
+
+class _Pickler(_Reducing, pickle.Pickler):
+    """The pickler for content in which all is known."""
+
+
+_PythonPickler: Any = pickle._Pickler  # type: ignore[attr-defined]
+
+
+class _InertPickler(_Reducing, _PythonPickler):
+    """A pickler that can also write `Unknown` and `Opaque` as the file had them.
+
+    Python's quick pickler would import what it names, to see whether it is there. The one that is written in Python
+    lets every type have its own way.
+    """
+
+    dispatch = dict(_PythonPickler.dispatch)
+
+    def _save_unknown(self, value: Unknown) -> None:
+        for name in (_RENAMED.get(value.module, value.module), value.name):
+            self.save(name)
+        self.write(pickle.STACK_GLOBAL)
+        self.memoize(value)
+
+    def _save_opaque(self, value: Opaque) -> None:
+        self.save(value.maker)
+        self.save(value.args)
+        if id(value) in self.memo:  # it stands in its own arguments
+            raise RecursionError("an object that is its own argument")
+        self.write(pickle.NEWOBJ if value.new else pickle.REDUCE)
+        self.memoize(value)
+        for items, opcode in ((value.items, pickle.APPENDS), (value.pairs, pickle.SETITEMS)):
+            if items:
+                self.write(pickle.MARK)
+                for item in items:
+                    self.save(item)
+                self.write(opcode)
+        if value.state is not None:
+            self.save(value.state)
+            self.write(pickle.BUILD)
+
+    dispatch[Unknown], dispatch[Opaque] = _save_unknown, _save_opaque
+
+
+_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as Python 3 calls what protocol 2 names as Python 2 did
 
 
 # The functions that torch names when it pickles a parameter, its tensor and its storage.

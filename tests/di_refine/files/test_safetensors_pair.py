@@ -135,7 +135,7 @@ def nested(depth):
         (lambda c: c["content"].update(x={"$dict": [[[1], 2]]}), "neither text nor a whole number"),
         (lambda c: c["content"].update(x=nested(900)), "RecursionError"),
         (lambda c: c["content"].pop("ema"), "nothing refers to the tensor"),
-        (lambda c: c["content"].update(G=5), "'G' is a int, not a network"),
+        (lambda c: c["content"].update(G_ema=5), "'G_ema' is a int, not a network"),
     ],
 )
 def test_wrong_configurations(tmp_path, change, reason):

@@ -1,0 +1,82 @@
+"""What a file is that is no network file of ours: found out from its first bytes and the class names in it."""
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from torch_utils import persistence
+from torch_utils.persistence import NetworkFormatError, Opaque, Record, unknown_in
+
+_NONE = "no command here reads it"
+_OLD_CHECKPOINT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save began with before 1.6
+
+
+def identify(path: str | os.PathLike) -> str | None:
+    """Say what a file or folder is, and which command reads it, or that none does; None where it is not recognised.
+
+    Nothing in it is executed, imported or built.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return _folder(path)
+        if not path.is_file():
+            return None
+        with open(path, "rb") as file:
+            head = file.read(1024)
+        return _bytes(path, head) or (_pickle(path) if head[:1] == b"\x80" else None)
+    except (OSError, zipfile.BadZipFile, NetworkFormatError):
+        return None
+
+
+def _folder(path: Path) -> str | None:
+    if any((path / name).is_file() for name in ("model_index.json", "unet/config.json")):
+        return f"a diffusers folder; {_NONE}"
+    return None
+
+
+def _bytes(path: Path, head: bytes) -> str | None:
+    if head.lstrip().startswith(b"<"):
+        return "a web page; the download went wrong, so fetch the file again"
+    if head.startswith(_OLD_CHECKPOINT):
+        return f"a torch.save checkpoint in the form before PyTorch 1.6; {_NONE}"
+    if head.startswith(b"PK\x03\x04"):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if any(name.endswith("/data.pkl") for name in names):
+            return f"a torch.save checkpoint; {_NONE}"
+        return "arrays of NumPy (.npz), no networks" if any(name.endswith(".npy") for name in names) else None
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        if path.with_suffix(".json").is_file():
+            return "one of a pair of safetensors and JSON; `python -m di_refine convert` makes a pickle of it"
+        return f"safetensors without the JSON that belongs to ours, perhaps of diffusers; {_NONE}"
+    return None
+
+
+def _pickle(path: Path) -> str | None:
+    content = persistence.load_records(path)
+    if {"capture_all", "capture_mean_cov", "num_features"} <= content.keys():
+        return f"a metric cache of the StyleGAN family; {_NONE}"
+    net = next((content[key] for key in ("G_ema", "ema", "net", "G") if content.get(key) is not None), None)
+    if not isinstance(net, Record):
+        return None
+    if net.class_name == "Precond" and "unet" in _layers(net):
+        return f"a network of EDM2; {_NONE}"
+    if net.class_name == "SuperresGenerator":
+        return f"a StyleGAN-XL generator; {_NONE}"
+    synthesis = _layers(net).get("synthesis")
+    if net.class_name == "Generator" and isinstance(synthesis, Record):
+        if "input" in _layers(synthesis):
+            unknown = unknown_in(content["D"]) if isinstance(content.get("D"), Opaque) else None
+            is_xl = unknown is not None and unknown.module.startswith("pg_modules")
+            return f"a {'StyleGAN-XL' if is_xl else 'StyleGAN3'} generator; {_NONE}"
+        names = [str(name) for name in _layers(synthesis)]
+        if names and not any(name.startswith("b") for name in names):  # as StyleGAN2's blocks are called
+            return f"a FastGAN generator; {_NONE}"
+    return None
+
+
+def _layers(record: Record) -> dict[str, Any]:
+    layers = record.state.get("_modules")
+    return layers if isinstance(layers, dict) else {}

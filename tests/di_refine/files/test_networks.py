@@ -1,0 +1,182 @@
+"""Network files as people have them: written by other projects, or with something in them that is not needed here."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from golden_io import GOLDEN
+
+from di_refine.commands import convert, generate, inspect
+from di_refine.denoisers import load_denoiser
+from di_refine.errors import InputError
+from di_refine.files import networks, safetensors_pair
+from di_refine.generators import load_sampler
+from stylegan2_ada.networks import Generator
+from torch_utils import persistence
+
+CASES = Path(__file__).parents[2] / "cases"
+
+KEPT = {  # a part of the file that is of no use here, and what the note says
+    "plain_D": ("D", "'D' is a pg_modules.discriminator.ProjectedDiscriminator, which is not known here"),
+    "nan_in_G_only": ("G", "'G' (Generator): 'synthesis.b4.const' contains non-finite values; it is not needed"),
+    "diffusion-gan": ("diffusion", "'diffusion' (Diffusion): the class is not known; it is not needed"),
+    "projected-gan": ("D", "'D' is a pg_modules.discriminator.ProjectedDiscriminator, which is not known here"),
+}
+
+
+@pytest.fixture(autouse=True)
+def notes_are_new():
+    networks.say.cache_clear()
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_only_the_average_has_to_be_right(name, capsys, tmp_path):
+    """The rest is kept as it is, written back, and said to be of no use."""
+    key, note = KEPT[name]
+    file = networks.load(CASES / f"{name}.pkl")
+    assert file.kind == networks.STYLEGAN2
+    assert note in capsys.readouterr().err
+    persistence.save(file.networks, tmp_path / "a.pkl")
+    again = networks.load(tmp_path / "a.pkl").networks
+    assert note in capsys.readouterr().err and key in again
+    persistence.save(again, tmp_path / "b.pkl")
+    assert (tmp_path / "a.pkl").read_bytes() == (tmp_path / "b.pkl").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["without_D", "protocol2"])
+def test_usable_files_need_no_note(name, capsys):
+    assert isinstance(networks.load(CASES / f"{name}.pkl").average, Generator)
+    assert capsys.readouterr().err == ""
+
+
+def test_pickle_protocol_2_holds_the_same():
+    """The two cases are one network, written twice."""
+    a, b = (networks.load(CASES / f"{name}.pkl").average.state_dict() for name in ("without_D", "protocol2"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("name", ["diffusion-gan", "projected-gan"])
+def test_generators_of_other_projects_make_their_images(name):
+    """Their storages may be tagged as a GPU's."""
+    with np.load(CASES / f"{name}.npz", allow_pickle=False) as golden:
+        z, c, wanted = (torch.from_numpy(golden[key]) for key in ("z", "c", "img_const"))
+    content = networks.load(CASES / f"{name}.pkl").networks
+    images = content["G_ema"](z, c, noise_mode="const")
+    assert (images - wanted).abs().max() <= 3e-5 * wanted.abs().max()
+
+
+def test_what_is_not_known_stays_as_the_file_has_it(tmp_path):
+    persistence.save(persistence.load(CASES / "plain_D.pkl"), tmp_path / "again.pkl")
+    a, b = (persistence.load_records(path)["D"] for path in (CASES / "plain_D.pkl", tmp_path / "again.pkl"))
+    assert _outline(a) == _outline(b)
+
+
+def _outline(value):
+    if isinstance(value, persistence.Opaque):
+        return ["opaque", _outline(value.maker), value.new, *map(_outline, (value.args, value.state, value.items))]
+    if isinstance(value, dict):
+        return {key: _outline(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_outline(item) for item in value]
+    return value.tolist() if isinstance(value, torch.Tensor) else str(value)
+
+
+def test_conversion_says_what_it_leaves_out(tmp_path):
+    """JSON and safetensors hold no objects of unknown classes; a pickle holds them."""
+    for suffix, key in ((".safetensors", False), (".pkl", True)):
+        dest = tmp_path / f"network{suffix}"
+        result = CliRunner().invoke(convert.main, [f"--source={CASES / 'plain_D.pkl'}", f"--dest={dest}"])
+        assert result.exit_code == 0, result.output
+        assert ("'D' is left out" in result.stderr) is not key
+        assert ("D" in safetensors_pair.load_either(dest)) is key
+
+
+def test_inspect_shows_what_is_not_known(cache):
+    result = CliRunner().invoke(inspect.main, [str(CASES / "projected-gan.pkl")])
+    assert result.exit_code == 0, result.output
+    assert "pg_modules.discriminator.ProjectedDiscriminator" in result.output
+
+
+def test_an_average_of_an_unknown_class_is_refused(tmp_path):
+    content = persistence.load(CASES / "plain_D.pkl")
+    swapped = {**content, "G_ema": content["D"]}
+    persistence.save(swapped, tmp_path / "swapped.pkl")
+    with pytest.raises(InputError, match="'G_ema' refers to pg_modules.discriminator.ProjectedDiscriminator"):
+        networks.load(tmp_path / "swapped.pkl")
+
+
+def test_one_step_generators_of_other_projects(tmp_path):
+    """Their files look like those of diffusion models, but the network knows one noise level only."""
+    average = persistence.load(GOLDEN / "distill/teacher.pkl")["ema"]
+    path = tmp_path / "sid.pkl"
+    persistence.save({"ema": average, "Sg": average}, path)
+    with pytest.raises(InputError, match="teacher=.*one-step generator of another project.*`Sg`"):
+        load_denoiser(path)
+    with pytest.raises(InputError, match="`init_sigma` is needed"):
+        load_sampler(path)
+    assert load_sampler(path, init_sigma=2.5).images([0], torch.zeros(1, average.label_dim)).isfinite().all()
+
+
+def test_generating_with_a_diffusion_model_tells_of_one_step_files(tmp_path):
+    """A network that was distilled elsewhere and saved alone cannot be told from a diffusion model."""
+    path = GOLDEN / "distill/teacher.pkl"
+    arguments = [f"--network={path}", "--seeds=0", "--steps=2", "--device=cpu", f"--outdir={tmp_path}"]
+    result = CliRunner().invoke(generate.main, arguments)
+    assert result.exit_code == 0, result.output
+    assert "give the noise level with --init-sigma" in result.stderr
+    result = CliRunner().invoke(generate.main, [*arguments, "--init-sigma=2.5"])
+    assert result.exit_code == 0 and "note:" not in result.stderr
+
+
+FOREIGN = {
+    "rosinality.pt": "a torch.save checkpoint; no command",
+    "rosinality_old.pt": "a torch.save checkpoint in the form before PyTorch 1.6; no command",
+    "ddpm": "a diffusers folder; no command",
+    "ddpm/unet/diffusion_pytorch_model.safetensors": "safetensors without the JSON",
+    "web_page.pkl": "a web page; the download went wrong",
+    "web_page2.pkl": "a web page; the download went wrong",
+    "edm2.pkl": "a network of EDM2; no command",
+    "diffusion-gan.npz": "arrays of NumPy",
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_files_are_called_by_their_name(name):
+    for load in (networks.load, load_denoiser, load_sampler):
+        with pytest.raises(InputError, match=f"{name} is {FOREIGN[name]}"):
+            load(CASES / name)
+
+
+@pytest.mark.parametrize("name", ["rosinality.pt", "edm2.pkl", "web_page.pkl"])
+def test_converting_a_foreign_file_names_it(name, tmp_path):
+    result = CliRunner().invoke(convert.main, [f"--source={CASES / name}", f"--dest={tmp_path / 'a.pkl'}"])
+    assert result.exit_code == 2 and f"{name} is {FOREIGN[name]}" in result.stderr
+
+
+def test_our_own_pairs_are_told_from_others(tmp_path):
+    safetensors_pair.save({"ema": persistence.load(GOLDEN / "distill/teacher.pkl")["ema"]}, tmp_path / "a")
+    with pytest.raises(InputError, match="a.safetensors is one of a pair.*di_refine convert"):
+        networks.load(tmp_path / "a.safetensors")
+
+
+def _generator(**layers):
+    synthesis = persistence.Record("SynthesisNetwork", {"_modules": layers}, "")
+    return persistence.Record("Generator", {"_modules": {"synthesis": synthesis}}, "")
+
+
+@pytest.mark.parametrize(
+    "content, name",
+    [
+        ({"G_ema": _generator(input=None)}, "a StyleGAN3 generator"),
+        ({"G_ema": _generator(input=None), "D": persistence.load_records(CASES / "plain_D.pkl")["D"]}, "a StyleGAN-XL"),
+        ({"G_ema": persistence.Record("SuperresGenerator", {}, "")}, "a StyleGAN-XL generator"),
+        ({"G_ema": _generator(init=None, feat_8=None)}, "a FastGAN generator"),
+        ({"capture_all": False, "capture_mean_cov": True, "num_features": 2048}, "a metric cache"),
+    ],
+)
+def test_pickles_of_other_projects_are_called_by_their_name(content, name, tmp_path):
+    persistence.save(content, tmp_path / "a.pkl")
+    with pytest.raises(InputError, match=f"a.pkl is {name}"):
+        networks.load(tmp_path / "a.pkl")
