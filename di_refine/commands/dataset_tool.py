@@ -88,8 +88,9 @@ def main(
         project_version,
         write_archive,
     )
-    from di_refine.files.datasets import DamagedImages, absent_classes
+    from di_refine.files.datasets import absent_classes
     from di_refine.files.download import sha256_of
+    from di_refine.files.image_files import DamagedImages
     from di_refine.pretraining.gan import is_size
     from torch_utils.misc import open_atomic
 

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from di_refine.errors import InputError
-from di_refine.files.datasets import ArrayFiles, ImageFiles, label_array, open_files
+from di_refine.files.datasets import label_array
+from di_refine.files.image_files import ArrayFiles, ImageFiles, open_files
 
 CIFAR_MEMBERS = [f"cifar-10-batches-py/data_batch_{number}" for number in range(1, 6)]
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from di_refine.errors import InputError
-from di_refine.files.datasets import DamagedImages, ImageDataset, absent_classes, batches, sample_order
+from di_refine.files.datasets import ImageDataset, absent_classes, batches, sample_order
+from di_refine.files.image_files import DamagedImages
 
 CASES = Path(__file__).parents[2] / "cases"
 COUNT = 10

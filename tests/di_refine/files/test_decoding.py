@@ -6,7 +6,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from di_refine.files import decoding
-from di_refine.files.datasets import ImageDataset, ImageFiles
+from di_refine.files.datasets import ImageDataset
+from di_refine.files.image_files import ImageFiles
 
 CASES = Path(__file__).parents[2] / "cases"
 COLOUR = np.random.default_rng(0).integers(0, 256, [6, 8, 3], np.uint8)
