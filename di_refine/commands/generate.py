@@ -5,6 +5,9 @@ import click
 from di_refine import terminal
 from di_refine.commands import cli
 
+GRID_IMAGES = 400
+"""How many images the grid shows at the most."""
+
 
 @cli.command()
 @click.option("--network", required=True, metavar="FILE|URL|NAME", help="Draw from this network.")
@@ -33,7 +36,9 @@ from di_refine.commands import cli
     default="const",
     help="Choose the noise inputs of a StyleGAN2 generator.",
 )
-@click.option("--grid/--no-grid", default=True, help="Write all images as one picture, too: grid.png.")
+@click.option(
+    "--grid/--no-grid", default=True, help=f"Write the first {GRID_IMAGES} images as one picture, too: grid.png."
+)
 @click.option(
     "--columns", type=cli.POSITIVE_INT, help="Put this many images into a row of the grid.  [default: about square]"
 )
@@ -67,8 +72,9 @@ def main(network, seeds, label, truncation, steps, init_sigma, noise_mode, grid,
             "the noise level with --init-sigma",
             err=True,
         )
+    pictures.check_channels(sampler.num_channels)
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
+    shown = []  # for the grid; more images than it shows are not kept
     with terminal.progress(len(seeds), "generating", "img") as bar:
         for start in range(0, len(seeds), batch):
             chunk = seeds[start : start + batch]
@@ -76,15 +82,19 @@ def main(network, seeds, label, truncation, steps, init_sigma, noise_mode, grid,
             if sampler.label_dim:
                 classes = [seed % sampler.label_dim if label is None else label for seed in chunk]
                 labels[range(len(chunk)), classes] = 1
-            drawn.append(pictures.to_uint8(sampler.images(chunk, labels, noise_seed=chunk[0])).cpu())
-            for seed, picture in zip(chunk, drawn[-1]):
+            drawn = pictures.to_uint8(sampler.images(chunk, labels, noise_seed=chunk[0])).cpu()
+            for seed, picture in zip(chunk, drawn):
                 pictures.save_png(folder / f"seed{seed:04d}.png", picture)
+            if grid and start < GRID_IMAGES:
+                shown.append(drawn[: GRID_IMAGES - start])
             bar.update(len(chunk))
     result = {"outdir": str(outdir), "images": len(seeds)}
     if grid:
         path = folder / "grid.png"
-        pictures.save_grid(path, torch.cat(drawn), columns)
+        pictures.save_grid(path, torch.cat(shown), columns)
         result["grid"] = str(path)
+        if len(seeds) > GRID_IMAGES:
+            click.echo(f"note: the grid shows the first {GRID_IMAGES} of {len(seeds)} images", err=True)
     terminal.print_result(result)
 
 

@@ -1,7 +1,7 @@
 """Pictures to look at: network output becomes 8-bit images, grids and side-by-side figures. All files are PNG.
 
-Images are [N, C, H, W] and single pictures [C, H, W], with C = 1 (greyscale) or 3 (RGB), as tensors or numpy arrays:
-either uint8, or floating point in the networks' range [-1, 1].
+Images are [N, C, H, W] and single pictures [C, H, W], with C = 1 (greyscale), 2 (with transparency), 3 (RGB) or 4 (RGB
+with transparency), as tensors or numpy arrays: either uint8, or floating point in the networks' range [-1, 1].
 """
 
 import math
@@ -12,9 +12,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from di_refine.errors import InputError
 from torch_utils.misc import open_atomic
 
 Images = torch.Tensor | np.ndarray
+
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+"""Number of channels -> Pillow's name for such pictures. PNG holds these and no others."""
 
 INK, FAINT_INK, PAPER = (32, 32, 32), (110, 110, 110), (255, 255, 255)
 
@@ -33,6 +37,16 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return (images.to(torch.float32) * 127.5 + 128).clamp(0, 255).to(torch.uint8)
 
 
+def check_channels(channels: int) -> None:
+    """Check that images of so many channels can be written.
+
+    Raises:
+        InputError: PNG does not hold such images.
+    """
+    if channels not in MODES:
+        raise InputError(f"the network makes images of {channels} channels, and a PNG picture holds 1 to {max(MODES)}")
+
+
 def make_grid(images: Images, columns: int | None = None, scale: int = 1, gap: int = 0) -> np.ndarray:
     """Arrange images row by row on white.
 
@@ -46,8 +60,8 @@ def make_grid(images: Images, columns: int | None = None, scale: int = 1, gap: i
         uint8 picture [C, rows * (H * scale + gap) - gap, columns * (W * scale + gap) - gap].
     """
     pixels = _pixels(images)
-    if pixels.ndim != 4 or len(pixels) == 0 or pixels.shape[1] not in (1, 3):
-        raise ValueError(f"expected images [N, 1 or 3, H, W] with N > 0, got shape {list(pixels.shape)}")
+    if pixels.ndim != 4 or len(pixels) == 0 or pixels.shape[1] not in MODES:
+        raise ValueError(f"expected images [N, 1 to 4, H, W] with N > 0, got shape {list(pixels.shape)}")
     pixels = pixels.repeat(scale, axis=2).repeat(scale, axis=3)
     count, channels, height, width = pixels.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
@@ -92,7 +106,7 @@ def save_side_by_side(
     for _, images in panels:
         per_row = min(columns or math.ceil(math.sqrt(len(images))), len(images))
         enlarge = scale or max(1, round((width - gap * (per_row - 1)) / (per_row * images.shape[-1])))
-        grids.append(_to_pillow(make_grid(images, per_row, enlarge, gap)).convert("RGB"))
+        grids.append(_on_paper(_to_pillow(make_grid(images, per_row, enlarge, gap))))
 
     titles = [title.split("\n") for title, _ in panels]
     fonts = [ImageFont.load_default(size) for size in (18, 14)]
@@ -128,11 +142,19 @@ def _pixels(images: Images) -> np.ndarray:
 
 
 def _to_pillow(picture: np.ndarray) -> Image.Image:
-    if picture.ndim != 3 or picture.shape[0] not in (1, 3):
-        raise ValueError(f"expected a picture [1 or 3, H, W], got shape {list(picture.shape)}")
+    if picture.ndim != 3 or picture.shape[0] not in MODES:
+        raise ValueError(f"expected a picture [1 to 4, H, W], got shape {list(picture.shape)}")
     if picture.shape[0] == 1:
         return Image.fromarray(np.ascontiguousarray(picture[0]))
     return Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
+
+
+def _on_paper(picture: Image.Image) -> Image.Image:
+    """Return a picture in RGB; what is transparent in it shows white."""
+    if picture.mode not in ("LA", "RGBA"):
+        return picture.convert("RGB")
+    paper = Image.new("RGBA", picture.size, (*PAPER, 255))
+    return Image.alpha_composite(paper, picture.convert("RGBA")).convert("RGB")
 
 
 def _save(path: str | os.PathLike, picture: Image.Image) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from di_refine.commands.generate import main
 from di_refine.generators import latents, load_sampler
 
+CASES = GOLDEN.parent / "cases"
 GAN, EDM = GOLDEN / "stylegan2/sg2ada-cifar-cond.pkl", GOLDEN / "edm/iddpm.pkl"
 
 
@@ -90,3 +91,19 @@ def test_bad_input_is_one_sentence(tmp_path, options, words):
     result = generate(f"--outdir={tmp_path / 'new'}", *options)
     assert result.exit_code == 2 and words in result.stderr and len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_four_channels_are_transparent_pictures(tmp_path):
+    result = generate(f"--network={CASES / 'rgba.pkl'}", f"--outdir={tmp_path}", "--seeds=0-3")
+    assert result.exit_code == 0, result.stderr
+    assert Image.open(tmp_path / "seed0000.png").mode == Image.open(tmp_path / "grid.png").mode == "RGBA"
+
+
+def test_the_grid_has_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr("di_refine.commands.generate.GRID_IMAGES", 5)
+    result = generate(
+        f"--network={CASES / 'rgba.pkl'}", f"--outdir={tmp_path}", "--seeds=0-8", "--batch=2", "--columns=5"
+    )
+    assert result.exit_code == 0 and "note: the grid shows the first 5 of 9 images" in result.stderr
+    size = Image.open(tmp_path / "seed0008.png").width
+    assert Image.open(tmp_path / "grid.png").size == (5 * size, size)

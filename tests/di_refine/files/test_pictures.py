@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+from di_refine.errors import InputError
 from di_refine.files import pictures
 
 
@@ -38,7 +39,7 @@ def test_make_grid_keeps_colours_and_defaults_to_a_square():
     assert np.array_equal(grid[:, 4:8, 8:12], stack[5])
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 2, 4, 4), (3, 4, 4)])
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 5, 4, 4), (3, 4, 4)])
 def test_make_grid_refuses_other_shapes(shape):
     with pytest.raises(ValueError, match="expected images"):
         pictures.make_grid(np.zeros(shape, np.uint8))
@@ -49,7 +50,7 @@ def test_integer_images_that_are_not_uint8_are_refused():
         pictures.make_grid(torch.zeros([1, 1, 2, 2], dtype=torch.int64))
 
 
-@pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB")])
+@pytest.mark.parametrize("channels, mode", [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
 def test_save_png_and_grid_round_trip(tmp_path, channels, mode):
     stack = torch.rand([4, channels, 8, 8], generator=torch.Generator().manual_seed(0)) * 2 - 1
     pictures.save_png(tmp_path / "one.png", stack[0])
@@ -60,6 +61,19 @@ def test_save_png_and_grid_round_trip(tmp_path, channels, mode):
     assert np.array_equal(pixels, pictures.to_uint8(stack[0]))
     assert np.array_equal(np.asarray(grid)[:8, :8], np.asarray(one))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["grid.png", "one.png"]
+
+
+def test_other_numbers_of_channels_are_one_sentence():
+    pictures.check_channels(4)
+    with pytest.raises(InputError, match="images of 5 channels, and a PNG picture holds 1 to 4"):
+        pictures.check_channels(5)
+
+
+def test_transparent_pixels_are_white_where_panels_are_compared(tmp_path):
+    clear = np.zeros([1, 4, 8, 8], np.uint8)
+    pictures.save_side_by_side(tmp_path / "f.png", [("clear", clear)], scale=4)
+    figure = np.asarray(Image.open(tmp_path / "f.png"))
+    assert (figure[-40:-20] == 255).all()
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
