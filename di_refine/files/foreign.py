@@ -49,7 +49,7 @@ def _bytes(path: Path, head: bytes) -> str | None:
         return "arrays of NumPy (.npz), no networks" if any(name.endswith(".npy") for name in names) else None
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
         if path.with_suffix(".json").is_file():
-            return "one of a pair of safetensors and JSON; `python -m di_refine convert` makes a pickle of it"
+            return None  # it may be ours, and what is wrong with it has been said
         return f"safetensors without the JSON that belongs to ours, perhaps of diffusers; {_NONE}"
     return None
 

@@ -1,4 +1,4 @@
-"""Network files: what kind of network a pickle holds, and which of its networks is the one to use."""
+"""Network files: what kind of network a file holds, and which of its networks is the one to use."""
 
 import functools
 import os
@@ -9,7 +9,8 @@ from typing import Any
 
 from di_refine.edm.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from di_refine.errors import InputError
-from di_refine.files import foreign
+from di_refine.files import foreign, safetensors_pair
+from di_refine.files.run_files import RunFiles
 from stylegan2_ada.networks import Generator
 from torch_utils import distributed, persistence
 
@@ -29,7 +30,7 @@ DENOISERS = (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)
 
 @dataclass(frozen=True)
 class NetworkFile:
-    """A pickle that was read.
+    """A network file that was read.
 
     Attributes:
         path: where it was read from.
@@ -57,18 +58,22 @@ class NetworkFile:
 
 
 def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
-    """Read a pickle.
+    """Read a network file.
 
     Args:
-        path: a local file.
+        path: a pickle, either file of our pair of safetensors and JSON, or a run directory, of which the newest
+            snapshot is taken.
         setting: what the file was given for, for messages.
 
     Raises:
         InputError: naming the setting and the file, when it is no network file or holds neither kind of network.
     """
     notes: list[str] = []
+    if Path(path).is_dir() and (snapshots := RunFiles(path).snapshots()):
+        path = snapshots[-1]
+        say(f"of the run directory {path.parent} the newest snapshot is taken, {path.name}")
     try:
-        networks = persistence.load(path, notes)
+        networks = safetensors_pair.load_either(path, notes)
     except persistence.NetworkFormatError as error:
         raise InputError(f"`{setting}`: {explained(error, path)}") from None
     for note in notes:

@@ -1,5 +1,6 @@
 """Network files as people have them: written by other projects, or with something in them that is not needed here."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -155,9 +156,19 @@ def test_converting_a_foreign_file_names_it(name, tmp_path):
     assert result.exit_code == 2 and f"{name} is {FOREIGN[name]}" in result.stderr
 
 
-def test_our_own_pairs_are_told_from_others(tmp_path):
-    safetensors_pair.save({"ema": persistence.load(GOLDEN / "distill/teacher.pkl")["ema"]}, tmp_path / "a")
-    with pytest.raises(InputError, match="a.safetensors is one of a pair.*di_refine convert"):
+def test_our_own_pairs_and_run_directories_are_read(tmp_path, capsys):
+    before = persistence.load(GOLDEN / "distill/teacher.pkl")["ema"]
+    safetensors_pair.save({"ema": before}, tmp_path / "a")
+    for name in ("a.safetensors", "a.json"):
+        file = networks.load(tmp_path / name)
+        assert file.kind == networks.EDM and file.path.name == name
+        assert all(torch.equal(x, y) for x, y in zip(file.average.parameters(), before.parameters()))
+    for kimg in ("000003", "000012"):
+        shutil.copy(GOLDEN / "distill/teacher.pkl", tmp_path / f"network-snapshot-{kimg}.pkl")
+    assert networks.load(tmp_path).path == tmp_path / "network-snapshot-000012.pkl"
+    assert "the newest snapshot is taken, network-snapshot-000012.pkl" in capsys.readouterr().err
+    (tmp_path / "a.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-1] + b"x")
+    with pytest.raises(InputError, match="a.safetensors is not the file it was written with"):
         networks.load(tmp_path / "a.safetensors")
 
 
