@@ -72,7 +72,9 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     _check(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError:  # its text advises to load the file without the check
+        raise CheckpointError(f"{path} is no training state (it holds more than tensors and plain values)") from None
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is no training state ({reason})") from None
 

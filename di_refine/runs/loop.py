@@ -334,35 +334,44 @@ class Loop:
         }
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
-        if state.keys() != {"trainer", "loop"} or state["loop"].keys() != self._state().keys():
+        parts = state.get("loop") if isinstance(state, dict) and state.keys() == {"trainer", "loop"} else None
+        if not isinstance(parts, dict) or parts.keys() != self._state().keys():
             raise InputError(
                 f"resume={path} cannot be continued from: another version of this program wrote it, whose states have "
                 "another layout; start a new run"
             )
         try:
             self.trainer.load_state_dict(state["trainer"])
-            self._load(state["loop"])
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            _count(self.trainer.nimg)
+            self._load(parts)
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"resume={path} cannot be continued from ({reason})") from None
 
     def _load(self, state: dict[str, Any]) -> None:
+        """Take over the loop's part of a state.
+
+        Raises:
+            ValueError, TypeError: a value is not of the type and range that this loop writes.
+        """
+
         def snapshot(value: list | None) -> Snapshot | None:
             if value is None:
                 return None
             nimg, results = value
-            return Snapshot(nimg, self.run.files.snapshot(nimg) if nimg else None, results)
+            path = self.run.files.snapshot(_count(nimg)) if nimg else None
+            return Snapshot(nimg, path, {str(name): float(number) for name, number in results.items()})
 
         self.first, self.best, self.last = (snapshot(state[name]) for name in ("first", "best", "last"))
         if self.best is not None and self.best.path is not None and not self.best.path.is_file():
             self.run.log(f"warning: {self.best.path} is missing; the next snapshot counts as the best")
             self.best = None
-        self._saved, self._bests = list(state["saved"]), list(state["bests"])
-        self._ticks, self._recorded = state["ticks"], state["recorded"]
-        self._next_tick = min(state["next_tick"], self.trainer.nimg + self.config.tick_nimg)
+        self._saved, self._bests = [[_count(nimg) for nimg in state[name]] for name in ("saved", "bests")]
+        self._ticks, self._recorded = _count(state["ticks"]), _count(state["recorded"], least=-1)
+        self._next_tick = min(_count(state["next_tick"]), self.trainer.nimg + self.config.tick_nimg)
         self._means.load_state_dict(state["means"])
-        self.train_images, self.train_seconds = state["train"]
-        self._tick_images, self._tick_seconds = state["tick"]
+        self.train_images, self.train_seconds = _speed(state["train"])
+        self._tick_images, self._tick_seconds = _speed(state["tick"])
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -384,6 +393,21 @@ class Loop:
 
     def _last_good(self) -> str:
         return str(self.last.path) if self.last is not None and self.last.path is not None else "none yet"
+
+
+def _count(value: Any, least: int = 0) -> int:
+    """Return a number of images or ticks that was read from a state."""
+    if type(value) is not int or not least <= value < 2**53:
+        raise ValueError(f"{str(value)[:40]!r} stands where a number of images should be")
+    return value
+
+
+def _speed(value: Any) -> tuple[int, float]:
+    """Return a number of images and the seconds that they took, which were read from a state."""
+    images, seconds = value
+    if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+        raise ValueError(f"{str(seconds)[:40]!r} stands where a duration should be")
+    return _count(images), float(seconds)
 
 
 def measure(

@@ -53,8 +53,16 @@ class Means:
         return {"sums": dict(self._sums), "counts": dict(self._counts)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from sums that were saved."""
-        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        """Go on from sums that were saved.
+
+        Raises:
+            ValueError: they are something else.
+        """
+        sums, counts = dict(state["sums"]), dict(state["counts"])
+        numbers = all(isinstance(value, (int, float, torch.Tensor)) for value in (*sums.values(), *counts.values()))
+        if sums.keys() != counts.keys() or not numbers:
+            raise ValueError("the sums of statistics are no numbers")
+        self._sums, self._counts = sums, counts
 
 
 def peak_memory() -> dict[str, float]:

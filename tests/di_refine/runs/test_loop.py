@@ -485,6 +485,51 @@ def test_a_state_of_another_layout_is_refused_in_one_sentence(tmp_path):
         again(loop, scores=[5])
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("saved", ["../../elsewhere.pkl"]),
+        ("saved", 3),
+        ("bests", [1.5]),
+        ("bests", [-1]),
+        ("best", [10**30, {}]),
+        ("first", [0, ["fd"]]),
+        ("last", [4, {"fd": "small"}]),
+        ("ticks", True),
+        ("next_tick", "soon"),
+        ("recorded", -2),
+        ("train", [4, float("nan")]),
+        ("train", [4]),
+        ("tick", [4, -1.0]),
+        ("means", {"sums": {"loss": "much"}, "counts": {"loss": 1}}),
+        ("means", []),
+    ],
+)
+def test_every_value_of_a_state_is_checked(tmp_path, name, value):
+    """A stranger's state may hold anything; it is refused in one sentence, and no file is touched."""
+    loop = make_loop(tmp_path, total=1000, scores=[5, 4])
+    loop()
+    path = loop.run.newest_state()
+    state = checkpoint.load(path)
+    state["loop"][name] = value
+    checkpoint.save(path, state)
+    before = sorted(entry.name for entry in loop.run.path.iterdir())
+    with pytest.raises(InputError, match=r"^resume=.*000001\.pt cannot be continued from \(") as caught:
+        again(loop, scores=[5])
+    assert "\n" not in str(caught.value)
+    assert sorted(entry.name for entry in loop.run.path.iterdir()) == before
+
+
+@pytest.mark.parametrize("state", [[], {"trainer": {"nimg": 4}, "loop": 3}, {"trainer": 1, "loop": {}}, 5])
+def test_a_state_that_is_something_else_is_one_sentence(tmp_path, state):
+    loop = make_loop(tmp_path, total=1000, scores=[5, 4])
+    loop()
+    path = loop.run.newest_state()
+    checkpoint.save(path, state)
+    with pytest.raises(InputError, match=r"^resume=.*000001\.pt cannot be continued from"):
+        again(loop, scores=[5])
+
+
 def test_a_state_holds_no_names_of_files(tmp_path):
     loop = make_loop(tmp_path, scores=falling)
     loop()
