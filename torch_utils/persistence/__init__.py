@@ -236,6 +236,8 @@ def _named(content: Any) -> dict[str, Any]:
         and [getattr(item, "class_name", None) for item in content] == [TENSORFLOW_NETWORK] * 3
     ):
         content = dict(zip(_TENSORFLOW_KEYS, content))
+    if isinstance(content, (Opaque, Unknown)) and (unknown := unknown_in(content)) is not None:
+        raise unknown.refusal()
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise NetworkFormatError(f"holds a {type(content).__name__} instead of a dictionary of networks")
     return content

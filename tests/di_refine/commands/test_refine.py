@@ -271,7 +271,7 @@ def broken(tmp_path, kind):
     elif kind == "truncated":
         path.write_bytes(G_COND.read_bytes()[:100_000])
     elif kind == "forbidden":
-        path.write_bytes(b"\x80\x02cos\nsystem\n(S'true'\ntR.")
+        path.write_bytes(b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.")
     return path
 
 

@@ -216,7 +216,7 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_a_distilled_network_is_no_teacher(monkeypatch):
     content = persistence.load(UNCOND)
-    monkeypatch.setattr(persistence, "load", lambda path: {**content, "distilled_sigmas": [2.5]})
+    monkeypatch.setattr(persistence, "load", lambda path, notes: {**content, "distilled_sigmas": [2.5]})
     with pytest.raises(InputError, match="teacher=.* was distilled from a diffusion model"):
         denoisers.load_denoiser(UNCOND)
 
