@@ -18,15 +18,14 @@ demo: setup
 	$(BIN)/python refine.py --network=stylegan2-digits.pkl
 
 # Two halves side by side, one thread each: the second core has something to do while a test waits.
-# MAKEFLAGS is unset because ninja, which the tests start, fails on the job server of a make that is not its parent.
 test: setup
 	$(MAKE) --keep-going --jobs=2 test-commands test-library
 
 test-commands: setup
-	env -u MAKEFLAGS OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/di_refine/commands tests/scripts
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/di_refine/commands tests/scripts
 
 test-library: setup
-	env -u MAKEFLAGS OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/di_refine/commands --ignore=tests/scripts
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/di_refine/commands --ignore=tests/scripts
 
 # Style, types, and that imports run one way.
 lint: setup

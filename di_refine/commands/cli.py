@@ -279,6 +279,10 @@ INT_LIST = IntegerList()
 # ----------------------------------------------------------------------------------------------------------------------
 # Devices and places to write
 
+dry_run_option = click.option(
+    "--dry-run", is_flag=True, cls=Option, group="What", help="Check everything, print the options, stop."
+)
+
 device_option = click.option(
     "--device",
     cls=Option,

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 @cli.command()
 @options(TeachConfig, DistillConfig, LoopConfig, TrainerConfig, MeasureConfig, RunConfig)
-@click.option(
-    "--dry-run", is_flag=True, cls=cli.Option, group="What", help="Check everything, print the options, stop."
-)
+@cli.dry_run_option
 @cli.ops_option
 @cli.device_option
 @click.pass_context

@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from di_refine.metrics.evaluate import Evaluator
     from di_refine.runs.loop import Trainable
 
-dry_run_option = click.option(
-    "--dry-run", is_flag=True, cls=cli.Option, group="What", help="Check everything, print the options, stop."
-)
-
 
 @cli.group()
 def main():
@@ -227,7 +223,7 @@ TEACHER = (PretrainConfig, TeacherLoopConfig, UNetConfig, TeacherConfig, Measure
 
 @main.command()
 @options(*TEACHER)
-@dry_run_option
+@cli.dry_run_option
 @cli.ops_option
 @cli.device_option
 def teacher(dry_run, device, **values):
@@ -267,7 +263,7 @@ GAN = (PretrainConfig, GanLoopConfig, GanConfig, AdversarialConfig, MeasureConfi
 
 @main.command()
 @options(*GAN)
-@dry_run_option
+@cli.dry_run_option
 @cli.ops_option
 @cli.device_option
 def gan(dry_run, device, **values):

@@ -227,6 +227,7 @@ def test_a_compile_error_is_one_line_with_the_log(fresh, tmp_path, monkeypatch, 
     source = tmp_path / "broken.cpp"
     source.write_text("int broken( {\n")
     monkeypatch.setitem(building.SOURCES, "cpu", [str(source)])  # seen by this process, for the digest
+    monkeypatch.setenv("MAKEFLAGS", "-j2 --jobserver-auth=98,99")  # as under make --jobs, whose pipes are closed here
     original = subprocess.run
 
     def run(command, **options):

@@ -259,6 +259,8 @@ def _build(device_type: str, target: Path) -> None:
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
     environment["PATH"] = os.pathsep.join(filter(None, [ninja_folder(), os.environ.get("PATH")]))
     environment["DI_REFINE_OPS"] = "auto"
+    # ninja would take the job server of a make that is not its parent, and stop on its closed pipes.
+    environment.pop("MAKEFLAGS", None)
     if device_type == "cuda":
         environment |= {"CUDA_HOME": str(cuda_home()), "TORCH_CUDA_ARCH_LIST": ";".join(architectures("cuda"))}
     command = [sys.executable, "-m", "torch_utils.ops.building", device_type, str(private)]

@@ -245,7 +245,6 @@ def test_jsonl_beside_the_network(run, folder, tmp_path, monkeypatch):
 
 def test_run_directory(run, folder, tmp_path):
     """All snapshots of a run, drawn together with what was recorded during training."""
-    pytest.importorskip("matplotlib")
     directory = tmp_path / "00000-run"
     directory.mkdir()
     for kimg in (8, 4):

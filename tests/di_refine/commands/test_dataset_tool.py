@@ -47,7 +47,6 @@ def photos(tmp_path):
 
 
 def test_digits(tmp_path):
-    pytest.importorskip("sklearn")
     result = good("digits", tmp_path / "new" / "digits.zip", "--resolution=16")
     dataset = ImageDataset(tmp_path / "new" / "digits.zip")
     shown = {key: result[key] for key in ("images", "resolution", "channels", "classes")}

@@ -87,7 +87,6 @@ def test_curves(run):
 
 
 def test_plot(run, tmp_path):
-    pytest.importorskip("matplotlib")
     drawn = plots.plot_runs(tmp_path / "out.png", [run])
     assert drawn[str(run)]["fd1k_full@toy"] == [[0, 9.0], [4, 5.0], [8, pytest.approx(4.2)]]
     with Image.open(tmp_path / "out.png") as image:
