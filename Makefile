@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 
-.PHONY: setup demo test test-commands test-library lint format gpu-check compat fuzz soak clean
+.PHONY: setup demo test lint format gpu-check compat fuzz soak clean
 
 setup: $(STAMP)
 
@@ -17,15 +17,11 @@ $(STAMP): requirements.txt requirements-dev.txt
 demo: setup
 	$(BIN)/python refine.py --network=stylegan2-digits.pkl
 
-# Two halves side by side, one thread each: the second core has something to do while a test waits.
+# Tests of one file stay together, for their fixtures. One that hangs is ended, and says where.
+TEST_WORKERS ?= 2
+SUITE := -m pytest --numprocesses=$(TEST_WORKERS) --dist=loadfile --timeout=600 --durations=20
 test: setup
-	$(MAKE) --keep-going --jobs=2 test-commands test-library
-
-test-commands: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/di_refine/commands tests/scripts
-
-test-library: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore=tests/di_refine/commands --ignore=tests/scripts
+	OMP_NUM_THREADS=1 $(BIN)/python $(SUITE)
 
 # Style, types, and that imports run one way.
 lint: setup
@@ -53,7 +49,7 @@ compat: setup
 	COMPAT_PYTHON=$(CURDIR)/build/compat/oldest/bin/python $(BIN)/python -m pytest -m compat -rP
 	$(NEWEST) -m venv build/compat/newest
 	build/compat/newest/bin/python -m pip install --quiet --upgrade -e '.[dev]'
-	build/compat/newest/bin/python -m pytest
+	OMP_NUM_THREADS=1 build/compat/newest/bin/python $(SUITE)
 
 # A minute of fuzzing the reader of network pickles. The corpus stays in build/fuzz and grows with every run; what breaks
 # the reader is written there, too. Atheris has wheels for Linux.

@@ -113,9 +113,11 @@ def process_group(
         raise DistributedError(f"not all {size} ranks have come together at rank {me} ({_reason(error)})") from None
     try:
         yield device
-    except SystemExit as error:
-        if not error.code:
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
             _leave()
+        elif dist.get_backend() == "gloo":  # waits for no other rank, as NCCL would
+            dist.destroy_process_group()
         raise
     _leave()
 
