@@ -2,12 +2,51 @@
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tqdm import tqdm
+
+_USER = re.compile(r"(?<=://)[^\s/?#]+(?=@)")
+_WORDS = "token|key|secret|password|passwd|signature|credential|auth"
+_WORDS = "token|key|secret|password|passwd|signature|credential|auth"
+_SECRET = re.compile(rf"(?<=[?&])([\w.-]*(?:{_WORDS})[\w.-]*=)[^\s&#]+", re.IGNORECASE)
+
+
+def without_secrets(value: Any) -> Any:
+    """Return a value, or a list or dict of values, in which user names, passwords and tokens in URLs are `***`."""
+    if isinstance(value, str):
+        return _SECRET.sub(r"\1***", _USER.sub("***", value))
+    if isinstance(value, dict):
+        return {key: without_secrets(item) for key, item in value.items()}
+    return type(value)(map(without_secrets, value)) if type(value) in (list, tuple) else value
+
+
+def clean(text: object) -> str:
+    """Return a text for people: no secret, and control characters, but for line feeds, spelled as in Python.
+
+    Names of files, texts from files and answers of servers may hold what moves a terminal's cursor, turns the direction
+    of writing, or does worse.
+    """
+    safe = without_secrets(str(text))
+    if safe.isprintable():
+        return safe
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in safe)
+
+
+def show(text: object, err: bool = False) -> None:
+    """Write a text of one or several lines, cleaned, on stdout or stderr."""
+    print(clean(text), file=sys.stderr if err else sys.stdout, flush=True)
+
+
+def say(sentence: object) -> str:
+    """Write a sentence as one line on stderr, cleaned, and return what was written."""
+    line = clean(" ".join(str(sentence).split()))
+    show(line, err=True)
+    return line
 
 
 class progress:
@@ -25,7 +64,7 @@ class progress:
     """
 
     def __init__(self, total: int | None, desc: str, unit: str = "it", enabled: bool = True, every: float = 5.0):
-        self.total, self.desc, self.unit, self.enabled, self.every = total, desc, unit, enabled, every
+        self.total, self.desc, self.unit, self.enabled, self.every = total, clean(desc), unit, enabled, every
         self.count = self._printed = 0
         self._note = ""
         self._bar = None
@@ -53,7 +92,7 @@ class progress:
 
     def note(self, text: str) -> None:
         """A few words shown after the numbers, such as the current loss."""
-        self._note = text
+        self._note = text = clean(text)
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
 
@@ -65,7 +104,7 @@ class progress:
         words = [f"{self.desc}: {self.count}{share}", f"{self.count / elapsed:.4g} {self.unit}/s"]
         words += [f"{format_time(left)} left"] if left > 0 else [f"took {format_time(elapsed)}"] if self.total else []
         words += [self._note] if self._note else []
-        print(", ".join(words), file=sys.stderr, flush=True)
+        say(", ".join(words))
 
 
 def format_time(seconds: float) -> str:
@@ -102,7 +141,7 @@ def plain(value: Any) -> Any:
 
 def print_result(result: dict[str, Any]) -> None:
     """Write a command's result as one JSON object on one line of stdout; it must be the last thing printed there."""
-    print(json.dumps(plain(result), allow_nan=False))
+    print(json.dumps(without_secrets(plain(result)), allow_nan=False))
 
 
 def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> None:
@@ -111,9 +150,9 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> None:
     numeric = [
         bool(rows) and all(isinstance(row[i], (int, float)) or row[i] == "" for row in rows) for i in range(len(header))
     ]
-    text = [[str(cell) for cell in row] for row in (header, *rows)]
+    text = [[clean(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in text) for i in range(len(header))]
     text.insert(1, ["-" * width for width in widths])
     for row in text:
         cells = [cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric)]
-        print("  ".join(cells).rstrip())
+        show("  ".join(cells).rstrip())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,7 +272,7 @@ def _measure(sources: Sequence[Source], config: CalcConfig, device: str) -> dict
     for sampler in samplers:
         evaluator.check(sampler)
     for warning in evaluator.warnings if shown else ():
-        print(f"note: {warning}", file=sys.stderr)
+        terminal.say(f"note: {warning}")
     evaluator.prepare()
     summaries = []
     for source, sampler in zip(sources, samplers):
@@ -327,7 +326,7 @@ def _record(path: Path, results: Sequence[Sequence[MetricResult]]) -> None:
             for result in of_seed:
                 write_jsonl(folder, result, path.name)
     except OSError as error:
-        print(f"note: cannot write metric files into {folder} ({error.strerror or error})", file=sys.stderr)
+        terminal.say(f"note: cannot write metric files into {folder} ({error.strerror or error})")
 
 
 def _save_grid(grid: str, sources: Sequence[Source], samplers: Sequence[Sampler], seed: int) -> None:

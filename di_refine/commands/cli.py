@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from di_refine import terminal
 from di_refine.errors import InputError, RunError
 from torch_utils.settings import GROUPS, SettingError
 
@@ -73,7 +74,7 @@ class _OneSentence(click.Command):
             if failure is None:
                 raise
             status, sentence = failure
-            click.echo(spell(sentence, self), err=True)
+            terminal.say(spell(sentence, self))
             sys.exit(status)
         sys.exit(result if isinstance(result, int) else 0)  # click returns the status of `--help` and `ctx.exit()`
 

@@ -104,7 +104,7 @@ def main(ctx, source, dest, overwrite, refresh_source, key, noise_mode, truncati
         for name, value in networks.items():
             if isinstance(value, persistence.Record):
                 what = f"'{name}' ({persistence.printable(value.class_name)})"
-                click.echo(f"note: {what} keeps its source text, since no class here fits it", err=True)
+                terminal.say(f"note: {what} keeps its source text, since no class here fits it")
     if form == "pickle":
         persistence.save(networks, dest)
     elif form == "safetensors":

@@ -1,7 +1,6 @@
 """The command `dataset_tool.py`, which converts images into a data set."""
 
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -158,7 +157,7 @@ def main(
     if absent := absent_classes(counts):
         notes.append(absent)
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        terminal.say(f"note: {note}")
     if counts:
         class_names = [*(images.classes or ()), *[""] * len(counts)]
         terminal.table([*zip(range(len(counts)), class_names, counts)], ["class", "name", "images"])

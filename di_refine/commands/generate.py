@@ -67,10 +67,9 @@ def main(network, seeds, label, truncation, steps, init_sigma, noise_mode, grid,
         registry.resolve(network), steps, truncation, place, init_sigma=init_sigma, noise_mode=noise_mode, label=label
     )
     if isinstance(sampler, DiffusionSampler):
-        click.echo(
+        terminal.say(
             f"note: {network} is sampled as a diffusion model, in {steps} steps; if it was distilled to one step, give "
-            "the noise level with --init-sigma",
-            err=True,
+            "the noise level with --init-sigma"
         )
     pictures.check_channels(sampler.num_channels)
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +93,7 @@ def main(network, seeds, label, truncation, steps, init_sigma, noise_mode, grid,
         pictures.save_grid(path, torch.cat(shown), columns)
         result["grid"] = str(path)
         if len(seeds) > GRID_IMAGES:
-            click.echo(f"note: the grid shows the first {GRID_IMAGES} of {len(seeds)} images", err=True)
+            terminal.say(f"note: the grid shows the first {GRID_IMAGES} of {len(seeds)} images")
     terminal.print_result(result)
 
 

@@ -41,12 +41,11 @@ def main(network, layers, dump_source):
     report["sources"] = network_report.judge_sources(texts, path.name)
     for digest, verdict in report["sources"].items():
         where = "new: " if verdict["new"] else ""
-        click.echo(f"source {digest[:16]}  {len(texts[digest])} characters, {where}{verdict['seen']}")
+        terminal.show(f"source {digest[:16]}  {len(texts[digest])} characters, {where}{verdict['seen']}")
         if verdict["new"]:
-            click.echo(
+            terminal.say(
                 f"warning: {path.name} embeds source text that was not seen before ({digest[:16]}); the official tools "
-                "would run it, so read it first (--dump-source=DIR writes it out)",
-                err=True,
+                "would run it, so read it first (--dump-source=DIR writes it out)"
             )
     if dump_source is not None:
         Path(dump_source).mkdir(parents=True, exist_ok=True)
@@ -60,7 +59,7 @@ def main(network, layers, dump_source):
 
 
 def _print(report: dict[str, Any], layers: bool) -> None:
-    click.echo(f"{report['file']}: {report['bytes']} bytes, SHA-256 {report['sha256']}")
+    terminal.show(f"{report['file']}: {report['bytes']} bytes, SHA-256 {report['sha256']}")
     rows = [
         [key, entry["kind"], entry["class"], entry["parameters"], entry["tensors"], " ".join(entry["dtypes"])]
         for key, entry in {**report["networks"], **report["objects"]}.items()
@@ -68,9 +67,9 @@ def _print(report: dict[str, Any], layers: bool) -> None:
     terminal.table(rows, ["key", "kind", "class", "parameters", "tensors", "dtypes"])
     for key, entry in {**report["networks"], **report["objects"]}.items():
         arguments = [*map(repr, entry["init_args"]), *(f"{name}={v!r}" for name, v in entry["init_kwargs"].items())]
-        click.echo(f"{key}: {entry['class']}({', '.join(arguments)})")
+        terminal.show(f"{key}: {entry['class']}({', '.join(arguments)})")
     for key, value in report["settings"].items():
-        click.echo(f"{key}: {value!r}")
+        terminal.show(f"{key}: {value!r}")
     if layers:
         rows = [
             [f"{key}.{name}", str(shape)]

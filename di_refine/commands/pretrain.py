@@ -9,8 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from di_refine import terminal
 from di_refine.commands import cli
 from di_refine.commands.config import FeatureFilesConfig, GanLoopConfig, PretrainConfig, TeacherLoopConfig
@@ -103,7 +101,7 @@ class Material:
         from torch_utils import distributed
 
         if distributed.is_first():
-            click.echo(json.dumps(self.record(), indent=2), err=True)
+            terminal.show(json.dumps(self.record(), indent=2), err=True)
             terminal.print_result(self.record())
         return 0
 
@@ -149,7 +147,7 @@ def note_absent_classes(dataset: ImageDataset) -> None:
 
     absent = absent_classes(dataset.class_counts()) if dataset.has_classes else None
     if absent and distributed.is_first():
-        click.echo(f"note: {dataset.setting}={dataset.path}: {absent}", err=True)
+        terminal.say(f"note: {dataset.setting}={dataset.path}: {absent}")
 
 
 def train(

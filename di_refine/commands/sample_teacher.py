@@ -66,7 +66,7 @@ def main(teacher, num, steps, dest, class_freq, seed, batch, overwrite, device):
     reused = kept and not overwrite and teacher_samples.is_made(dest, settings)
     start = time.monotonic()
     if reused:
-        click.echo(f"these samples were drawn before: {dest}", err=True)
+        terminal.say(f"these samples were drawn before: {dest}")
         with suppress(OSError):  # the newest file is the one that was asked for last
             os.utime(dest)
     else:

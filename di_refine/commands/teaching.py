@@ -4,8 +4,6 @@ import json
 import math
 from dataclasses import replace
 
-import click
-
 from di_refine import terminal
 from di_refine.commands import report
 from di_refine.commands.job import Job, make_trainer
@@ -22,7 +20,7 @@ def dry_run(job: Job) -> int:
     trainer, _ = make_trainer(job)
     needs: dict[str, float] = {f"{name}_gib": memory.gib(size) for name, size in memory.tensor_sizes(trainer).items()}
     parts = ", ".join(f"{name.removesuffix('_gib')} {size:g} GiB" for name, size in needs.items())
-    click.echo(f"memory per device, besides activations: {parts}", err=True)
+    terminal.say(f"memory per device, besides activations: {parts}")
     ticks = math.ceil(job.loop.kimg / job.loop.tick)
     # The newest, the best snapshot, and the one that is written before an old one goes.
     counts = {
@@ -32,10 +30,10 @@ def dry_run(job: Job) -> int:
     files = {}
     for name, size in memory.file_sizes(trainer, job.subject.snapshot(trainer)).items():
         files[name] = {"at_most": counts[name], "gib_each": memory.gib(size)}
-        click.echo(f"files: at most {counts[name]} {name} of {memory.gib(size):g} GiB each", err=True)
+        terminal.say(f"files: at most {counts[name]} {name} of {memory.gib(size):g} GiB each")
     needs["trained_parameters"] = memory.trained_parameters(trainer)
     record = {**job.record(), "memory": needs, "files": files}
-    click.echo(json.dumps(record, indent=2), err=True)
+    terminal.show(json.dumps(record, indent=2), err=True)
     terminal.print_result(record)
     return 0
 

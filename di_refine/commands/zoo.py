@@ -45,7 +45,7 @@ def fetch(names, companions, offline):
             if other is not None:
                 files.setdefault(other.name, other)
     for name, path in files.items():
-        click.echo(f"{name}: {path}")
+        terminal.show(f"{name}: {path}")
     terminal.print_result({"files": files, "sha256": {name: sha256_of(path) for name, path in files.items()}})
 
 

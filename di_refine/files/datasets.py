@@ -12,7 +12,6 @@ import copy
 import hashlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from di_refine import terminal
 from di_refine.errors import InputError
 from di_refine.files import decoding
 from di_refine.files.image_files import DamagedImages, open_files
@@ -94,7 +94,7 @@ class ImageDataset:
         self._labels = self._read_labels()
         if distributed.is_first():
             for note in self.files.notes():
-                print(f"note: {self.path}: {note}", file=sys.stderr)
+                terminal.say(f"note: {self.path}: {note}")
         #: Number of classes (largest class number plus one) or length of the label vectors; 0 without labels.
         self.label_dim = int(self._labels.max()) + 1 if self._labels.ndim == 1 else self._labels.shape[1]
 

@@ -15,6 +15,11 @@ from PIL import Image
 
 from di_refine.errors import InputError
 from di_refine.files import decoding
+from torch_utils import safe_files
+
+MAX_BYTES = 1 << 29  # of one picture's file, unpacked; an uncompressed one of the largest size has as many
+JSON_BYTES, JSON_BYTES_PER_IMAGE = 1 << 22, 1 << 15  # of dataset.json
+JSON_INFLATION = 8  # bytes of dataset.json for each of the zip file
 
 
 class DamagedImages(InputError):
@@ -104,15 +109,23 @@ class ImageFiles:
             return "unpack it with a program that is told their encoding, as in unzip -O GBK, and give the folder"
         return "rename them, as convmv -f GBK -t UTF-8 does"
 
-    def open(self, name: str) -> IO[bytes]:
+    def open(self, name: str, most: int | None = None) -> IO[bytes]:
         """Open one file for reading.
 
+        Args:
+            name: of the file.
+            most: how many bytes it may have, unpacked; None is what a picture may have.
+
         Raises:
-            InputError: the file cannot be opened; the message names it.
+            InputError: the file cannot be opened, or is too large; the message names it.
         """
         try:
             original = self._stored[name]
-            return self._zip().open(original) if self._is_zip else open(self.path / original, "rb")
+            if not self._is_zip:
+                return safe_files.open_regular(self.path / original, most or MAX_BYTES)
+            if (size := self._zip().getinfo(original).file_size) > (most or MAX_BYTES):
+                raise NotImplementedError(f"{size} bytes, more than the {most or MAX_BYTES} there may be")
+            return self._zip().open(original)
         except (zipfile.BadZipFile, OSError, KeyError, RuntimeError, NotImplementedError) as error:
             raise InputError(f"{self.path}: cannot read {name} ({_reason(error)})") from None
 
@@ -208,8 +221,13 @@ class ImageFiles:
             return {}
         where = f"{self.path}: dataset.json"
         try:
-            with self.open("dataset.json") as file:
-                content = json.load(file)
+            most = JSON_BYTES + JSON_BYTES_PER_IMAGE * len(self.image_names)
+            if self._is_zip:
+                most = min(most, JSON_BYTES + JSON_INFLATION * self.path.stat().st_size)
+            with self.open("dataset.json", most) as file:
+                content = safe_files.parse_json(file.read(), 10_000 + 16 * len(self.image_names))
+        except InputError:
+            raise
         except json.JSONDecodeError as error:
             place = f"line {error.lineno}, column {error.colno}"
             raise InputError(f"{where} is malformed at {place} ({error.msg}); mend it there") from None
@@ -217,6 +235,8 @@ class ImageFiles:
             raise InputError(f"{where} is no UTF-8 text; save it as UTF-8") from None
         except zipfile.BadZipFile as error:
             raise InputError(f"{where} is damaged ({_reason(error)}); pack the data set anew") from None
+        except ValueError as error:
+            raise InputError(f"{where} holds {error}") from None
         if not isinstance(content, dict):
             raise InputError(f'{where} is malformed; expected {{"labels": [["name", 0], ...]}}, not a list or a value')
         return content

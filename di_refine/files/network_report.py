@@ -12,7 +12,7 @@ import torch
 
 from di_refine.files import registry, safetensors_pair
 from di_refine.files.download import sha256_of
-from torch_utils import misc, persistence
+from torch_utils import misc, persistence, safe_files
 from torch_utils.persistence import TENSORFLOW_NETWORK, Opaque, Record, Unknown, printable
 
 _KINDS = {
@@ -162,7 +162,7 @@ def judge_sources(texts: dict[str, str], file_name: str) -> dict[str, dict[str, 
     """
     memory = registry.cache_folder() / "sources.json"
     try:
-        remembered = json.loads(memory.read_text("utf-8"))
+        remembered = safe_files.read_json(memory)
         remembered = remembered if isinstance(remembered, dict) else {}
     except (OSError, ValueError):
         remembered = {}

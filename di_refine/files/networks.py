@@ -2,11 +2,11 @@
 
 import functools
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from di_refine import terminal
 from di_refine.edm.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from di_refine.errors import InputError
 from di_refine.files import foreign, safetensors_pair
@@ -101,4 +101,4 @@ def explained(error: object, path: str | os.PathLike) -> str:
 def say(note: str) -> None:
     """Write a note on stderr, once however often the file is read, and of several processes only in the first."""
     if distributed.is_first():
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        terminal.say(f"note: {note}")

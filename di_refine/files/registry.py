@@ -113,6 +113,8 @@ def resolve(
     text = os.fspath(source)
     path = Path(text).expanduser()
     if path.exists():
+        if not (path.is_file() or path.is_dir()):  # a pipe would be waited for, a device read for ever
+            raise InputError(f"{setting}={text} is neither a file nor a folder")
         return path
     if re.match(r"https?://", text):
         return _fetch(text, _cached_path(text, None), None, f"{setting}={text}", offline)

@@ -7,7 +7,6 @@ once by `python -m di_refine sample-teacher`, and `cached_samples` finds them ag
 import hashlib
 import json
 import os
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,7 +125,7 @@ def is_made(path: Path, settings: dict[str, Any]) -> bool:
             return True
     except (zipfile.BadZipFile, OSError, ValueError, KeyError, TypeError):
         pass
-    print(f"note: {path} is damaged or something else and is made anew", file=sys.stderr)
+    terminal.say(f"note: {path} is damaged or something else and is made anew")
     return False
 
 

@@ -8,13 +8,13 @@ right.
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from di_refine import terminal
 from di_refine.errors import InputError
 from di_refine.files import registry
 from di_refine.files.datasets import ImageDataset
@@ -193,13 +193,13 @@ def _cached(
         try:
             statistics = FeatureStatistics.load(path)
         except InputError as error:
-            print(f"note: the cached statistics are damaged and made anew: {error}", file=sys.stderr)
+            terminal.say(f"note: the cached statistics are damaged and made anew: {error}")
             continue
         expected = {"detector_hash": detector.hash, "dataset_hash": dataset_hash[:16], "resolution": dataset.resolution}
         fits = all(statistics.identity.get(name) == value for name, value in expected.items())
         if fits and statistics.count == len(dataset) and (statistics.features is not None or not kept):
             return statistics
-        print(f"note: the cached statistics in {path} belong to something else and are made anew", file=sys.stderr)
+        terminal.say(f"note: the cached statistics in {path} belong to something else and are made anew")
     return None
 
 
@@ -210,4 +210,4 @@ def _store(statistics: FeatureStatistics, dataset: ImageDataset, detector: Ident
         path.parent.mkdir(parents=True, exist_ok=True)
         statistics.save(path, compress=False)
     except OSError as error:
-        print(f"note: cannot keep reference statistics in {path} ({error.strerror or error})", file=sys.stderr)
+        terminal.say(f"note: cannot keep reference statistics in {path} ({error.strerror or error})")

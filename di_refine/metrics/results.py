@@ -9,6 +9,7 @@ from typing import Any
 from di_refine import terminal
 from di_refine.files.run_files import RunFiles
 from di_refine.metrics.feature_net import Identity
+from torch_utils import safe_files
 
 
 @dataclass(frozen=True)
@@ -81,5 +82,4 @@ def write_jsonl(run_dir: str | os.PathLike, result: MetricResult, snapshot: str 
     if snapshot is not None and os.path.isabs(snapshot):
         snapshot = os.path.relpath(snapshot, run_dir)
     record = result.record(None if snapshot is None else os.fspath(snapshot))
-    with open(RunFiles(run_dir).metric(result.name), "ab", buffering=0) as file:
-        file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+    safe_files.write_line(RunFiles(run_dir).metric(result.name), json.dumps(record, allow_nan=False))

@@ -17,7 +17,7 @@ import torch
 
 from di_refine.errors import InputError, RunError
 from di_refine.files.run_files import RunFiles
-from torch_utils import misc
+from torch_utils import misc, safe_files
 
 _FOLDER = 0x10  # the attribute by which an archive marks an entry as a folder
 
@@ -50,11 +50,13 @@ def saving(path: str | os.PathLike) -> Iterator[None]:
     """Turn a failure to write `path` into one sentence that says what to do.
 
     Raises:
-        RunError: in place of an OSError.
+        InputError, RunError: in place of an OSError; the former where something else than a file is at `path`.
     """
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EISDIR) and os.path.lexists(path):
+            raise InputError(f"{path} is {error.strerror}; remove it, or name another `outdir`") from None
         full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
         remedy = "free some space" if full else f"make {Path(path).parent} writable"
         raise RunError(
@@ -86,11 +88,17 @@ def _check(path: str | os.PathLike) -> None:
     exception: of an entry that is marked as a folder it reads nothing, and leaves in the tensor what was in memory.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            intact = archive.testzip() is None
-            intact = intact and not any(entry.external_attr & _FOLDER for entry in archive.infolist())
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        file = safe_files.open_regular(path)
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
+    try:
+        with file, zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            # As torch.save writes them: packed entries could be a thousand times as large as the file.
+            intact = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            intact = intact and sum(entry.file_size for entry in entries) <= os.fstat(file.fileno()).st_size
+            intact = intact and not any(entry.external_attr & _FOLDER for entry in entries)
+            intact = intact and archive.testzip() is None
     except Exception:  # zipfile raises a dozen kinds of them for a file that was altered
         raise CheckpointError(f"{path} is damaged (it is no archive, or one that was cut short or altered)") from None
     if not intact:

@@ -4,22 +4,21 @@ To resume a run is to repeat its command: `open_run` finds the directory, or mak
 """
 
 import contextlib
-import errno
 import json
 import math
 import os
 import re
-import sys
 import weakref
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from di_refine import terminal
 from di_refine.errors import InputError, RunError
 from di_refine.files.run_files import RunFiles, snapshot_kimg, state_kimg
 from di_refine.runs import checkpoint
 from di_refine.runs.config import RunConfig
-from torch_utils import distributed, misc
+from torch_utils import distributed, misc, safe_files
 from torch_utils.settings import declared
 
 try:
@@ -84,7 +83,8 @@ class RunDirectory:
         if self._lock is not None or not self._writes or fcntl is None:
             return
         # The lock is on a file that is always there, and that is never replaced by another one of its name.
-        handle = open(self.files.log, "ab")  # noqa: SIM115
+        with checkpoint.saving(self.files.log):
+            handle = safe_files.open_append(self.files.log)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -111,8 +111,7 @@ class RunDirectory:
     def log(self, text: str) -> None:
         """Write one line to stderr and to `log.txt`."""
         if self._writes:
-            print(text, file=sys.stderr, flush=True)
-            self._append(self.files.log, text)
+            self._append(self.files.log, terminal.say(text))
 
     def append_stats(self, record: dict[str, Any]) -> None:
         """Write one JSON object as one line of `stats.jsonl`; what is not finite becomes null."""
@@ -167,8 +166,11 @@ class RunDirectory:
             for path in self.files.metrics():
                 _filter_lines(path, lambda record: _measured_at(record) <= nimg)
             log = self.files.log
-            if log.is_file() and not log.read_bytes().endswith(b"\n"):
-                self._append(log, "")
+            if log.exists():
+                with safe_files.open_regular(log) as file:
+                    torn = not file.read().endswith(b"\n")
+                if torn:
+                    self._append(log, "")
         if self.files.event_files():
             self._purge_step = nimg + 1
 
@@ -177,18 +179,8 @@ class RunDirectory:
         return next(iter(self.files.states()), None)
 
     def _append(self, path: Path, line: str) -> None:
-        """Add a line by a single write, so that a kill cannot tear it; where the disk is full, add nothing."""
-        data = line.encode() + b"\n"
         with checkpoint.saving(path):
-            handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                size = os.fstat(handle).st_size
-                written = os.write(handle, data)
-                if written < len(data):
-                    os.ftruncate(handle, size)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            finally:
-                os.close(handle)
+            safe_files.write_line(path, line)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -244,7 +236,7 @@ def open_run(
         InputError: there is nothing to continue at `resume`, another process is writing there, or something differs
             that may not.
     """
-    run = None
+    run, options = None, terminal.without_secrets(options)
 
     def decide() -> tuple[Path, Path | None]:
         nonlocal run
@@ -312,11 +304,12 @@ def _existing(
 def _read_options(path: Path) -> dict[str, Any] | None:
     file = RunFiles(path).options
     try:
-        recorded = json.loads(file.read_text(encoding="utf-8"))
+        recorded = safe_files.read_json(file)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{file} cannot be read ({reason})") from None
     return recorded if isinstance(recorded, dict) else None
 
 
@@ -350,7 +343,7 @@ def _with(name: str, value: Any) -> str:
 
 
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    terminal.say(f"warning: {text}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -379,12 +372,13 @@ def _finite(value: Any) -> Any:
 
 def _filter_lines(path: Path, keep: Callable[[dict], bool]) -> None:
     """Drop the lines of a JSONL file that are torn or not wanted."""
-    if not path.is_file():
+    if not path.exists():
         return
-    lines, kept = path.read_bytes().splitlines(keepends=True), []
+    with safe_files.open_regular(path) as file:
+        lines, kept = file.read().splitlines(keepends=True), []
     for line in lines:
         try:
-            if line.endswith(b"\n") and keep(json.loads(line)):
+            if line.endswith(b"\n") and keep(safe_files.parse_json(line)):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             pass
