@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import stat
+import zipfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,6 +18,7 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 JSON_BYTES = 1 << 24  # of a JSON text with no bound of its own; its values take up to 16 times the memory
 JSON_CONTAINERS = 500_000  # lists and objects in it
+SAFETENSORS_HEADER = 1 << 22  # bytes; that of a network with 10,000 tensors has 1 MB
 
 
 def open_regular(path: str | os.PathLike, most: int | None = None) -> IO[bytes]:
@@ -103,6 +105,28 @@ def parse_json(text: bytes, containers: int = JSON_CONTAINERS, **hooks: Any) -> 
         return json.loads(text.decode("utf-8"), **hooks)
     except RecursionError:
         raise ValueError("it nests too deeply") from None
+
+
+def check_safetensors(path: str | os.PathLike) -> None:
+    """Raise OSError unless a file is a regular one whose safetensors header has a size that honest ones have."""
+    with open_regular(path) as file:
+        header = int.from_bytes(file.read(8), "little")
+    if header > SAFETENSORS_HEADER:
+        most = f"more than the {SAFETENSORS_HEADER} there may be"
+        raise OSError(errno.EFBIG, f"a header of {header} bytes, {most}", os.fspath(path))
+
+
+def unpacked_entries(archive: zipfile.ZipFile, size: int) -> list[zipfile.ZipInfo]:
+    """Return the entries of a zip file of `size` bytes that `torch.save` wrote, none of which is compressed.
+
+    Raises:
+        zipfile.BadZipFile: some are compressed, or overlap: unpacked, they could be a thousand times the file.
+    """
+    entries = archive.infolist()
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    if not stored or sum(entry.file_size for entry in entries) > size:
+        raise zipfile.BadZipFile("its entries are packed, or overlap")
+    return entries
 
 
 def write_line(path: str | os.PathLike, line: str) -> None:

@@ -15,6 +15,7 @@ from di_refine.commands.options import make, options
 from di_refine.errors import InputError
 from di_refine.files import registry
 from di_refine.files.run_files import RunFiles
+from di_refine.metrics.config import ALLOW_CODE_HELP
 from di_refine.metrics.kinds import FORMS, KINDS, Needs, parse_metrics
 from torch_utils.settings import FILES, MACHINE, MEASURING, NETWORK, Settings, setting
 
@@ -76,6 +77,7 @@ class CalcConfig(Settings):
         metavar="PATH|NAME",
         default_text="what `metrics` names, else Inception",
     )
+    allow_code: bool = setting(False, ALLOW_CODE_HELP, group=MEASURING)
     perceptual: str | None = setting(
         None, "Take this LPIPS or other feature network for path lengths.", group=MEASURING, metavar="PATH"
     )
@@ -268,6 +270,7 @@ def _measure(sources: Sequence[Source], config: CalcConfig, device: str) -> dict
         config.cache,
         config.workers,
         distributed=distributed.world_size() > 1,
+        allow_code=config.allow_code,
     )
     for sampler in samplers:
         evaluator.check(sampler)

@@ -41,6 +41,8 @@ CONTEXT = {"show_default": True, "max_content_width": 110, "help_option_names": 
 
 MAX_LIST = 10_000_000  # a mistyped range such as 0-99999999999 must not eat the memory
 
+MAX_SENTENCE = 4000  # characters of a message: names and texts from files may be in it
+
 OPS = ("auto", "cuda", "native")  # of torch_utils.custom_ops.MODES, which imports PyTorch
 
 
@@ -163,7 +165,7 @@ def _known(*names: str) -> tuple[type[BaseException], ...]:
 
 
 def _one_line(message: object) -> str:
-    return " ".join(str(message).split())
+    return " ".join(str(message).split())[:MAX_SENTENCE]
 
 
 def _os_sentence(error: OSError) -> str:

@@ -33,7 +33,7 @@ def make_evaluator(
         names: separated by commas; None takes the recommended ones, 'none' takes none.
         recommended: such as those of the registry.
         reference: what they compare with, see `Evaluator`.
-        config: its `detector` counts.
+        config: its `detector` and `allow_code` count.
         device: where feature networks run.
         workers: threads that decode a data set.
 
@@ -44,7 +44,9 @@ def make_evaluator(
     if not wanted:
         return None
     several = distributed.world_size() > 1
-    return Evaluator(wanted, reference, config.detector, device, workers=workers, distributed=several)
+    return Evaluator(
+        wanted, reference, config.detector, device, workers=workers, distributed=several, allow_code=config.allow_code
+    )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from torch_utils.settings import MEASURING, Settings, setting
 
+ALLOW_CODE_HELP = (
+    "Run feature networks that are programs, TorchScript and plug-ins (.py), which could do anything on this machine."
+)
+
 
 @dataclass(kw_only=True)
 class MeasureConfig(Settings):
@@ -32,6 +36,7 @@ class MeasureConfig(Settings):
         metavar="FILE",
         may_change=True,
     )
+    allow_code: bool = setting(False, ALLOW_CODE_HELP, group=MEASURING, may_change=True)
     ref: str | None = setting(
         None,
         "Compare with these statistics or images.",

@@ -17,6 +17,7 @@ from di_refine.metrics import inception
 from di_refine.metrics.feature_net import INCEPTION, FeatureNet, Identity, other_name
 from di_refine.metrics.plugin import load_plugin
 from di_refine.metrics.small import load_small
+from torch_utils import safe_files
 
 # SHA-256 of the files that hold the 2015 network. Only their numbers may be called FID, KID and Inception score.
 INCEPTION_FILES = {
@@ -26,7 +27,10 @@ INCEPTION_FILES = {
 
 
 def load_detector(
-    source: str | os.PathLike, device: str | torch.device = "cpu", setting: str = "detector"
+    source: str | os.PathLike,
+    device: str | torch.device = "cpu",
+    setting: str = "detector",
+    allow_code: bool = False,
 ) -> FeatureNet:
     """Load a feature network.
 
@@ -34,22 +38,39 @@ def load_detector(
         source: a file (weights of the 2015 Inception as PyTorch state dict, safetensors or TorchScript, a file of
             `save_small`, any TorchScript module that turns images [N, 3, H, W] in 0..255 into features [N, F], or a
             plug-in, see `metrics.plugin`), a name in the registry, or the short name used in metric names (`digits` for
-            `features-digits`). TorchScript files and plug-ins are programs: use only ones you trust.
+            `features-digits`).
         device: where to run.
         setting: what the source was given for, for messages.
+        allow_code: run TorchScript files, whatever they are called, and plug-ins. These are programs, which can read
+            and write files; the published TorchScript of the 2015 Inception, known by its hash, is run in any case.
 
     Raises:
-        InputError: the source is missing or none of these; the message names it.
+        InputError: the source is missing, none of these, or a program that is not allowed; the message names it.
     """
     path = _locate(source, setting)
     if path.suffix == ".py":
+        _check_allowed(allow_code, f"{setting}={source}", "a plug-in")
         return load_plugin(path, device)
-    digest = _sha256(path)
+    try:
+        digest = _sha256(path)
+        if path.suffix == ".safetensors":
+            safe_files.check_safetensors(path)
+    except OSError as error:
+        raise InputError(f"{setting}={source} cannot be read ({error.strerror})") from None
     if path.suffix == ".safetensors" and not _holds_inception(path):
         return _small(path, digest, device)
     if _is_torchscript(path):
+        _check_allowed(allow_code or digest in INCEPTION_FILES, f"{setting}={source}", "TorchScript")
         return _torchscript(path, digest, device)
     return _inception(path, digest, device)
+
+
+def _check_allowed(allowed: bool, what: str, kind: str) -> None:
+    if not allowed:
+        raise InputError(
+            f"{what} is a program ({kind}), which could read, change and send any of your files; give `allow_code` if "
+            "you trust whoever made it, or take weights in .safetensors"
+        )
 
 
 def _locate(source: str | os.PathLike, setting: str) -> Path:
@@ -96,9 +117,21 @@ def _inception(path: Path, digest: str, device: str | torch.device) -> FeatureNe
         if path.suffix == ".safetensors":
             net.load_state_dict(safetensors.torch.load_file(path))
         else:
-            net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except (OSError, EOFError, RuntimeError, AttributeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            net.load_state_dict(_read_weights(path))
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        AttributeError,
+        KeyError,
+        ValueError,
+        TypeError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
         reason = str(error).strip().split("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # whose text advises to load the file without the check
+            reason = "it holds more than tensors and plain values, or is no file of PyTorch"
         raise InputError(
             f"{path}: not a feature network; expected Inception weights, TorchScript or .safetensors ({reason})"
         ) from None
@@ -115,6 +148,15 @@ def _inception(path: Path, digest: str, device: str | torch.device) -> FeatureNe
         return net.logits(features).softmax(dim=1)
 
     return FeatureNet(net, identity, 3, probabilities, device, path)
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    with safe_files.open_regular(path) as file:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                safe_files.unpacked_entries(archive, path.stat().st_size)
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 class _Script(torch.nn.Module):
@@ -176,12 +218,12 @@ def _is_torchscript(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        return any("/code/" in f"/{name}" for name in archive.namelist())
+        return any("/code/" in f"/{name}" or f"/{name}".endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with safe_files.open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -52,6 +52,7 @@ class Evaluator:
         workers: threads that decode a data set.
         distributed: share all work among the processes of `torch.distributed`, which all must make and call the same
             evaluator; each gets all results.
+        allow_code: let `detector` and `perceptual` be programs, see `detectors.load_detector`.
 
     Attributes:
         specs: the metrics, in the order of their names.
@@ -74,10 +75,12 @@ class Evaluator:
         cache: bool = True,
         workers: int = 2,
         distributed: bool = False,
+        allow_code: bool = False,
     ):
         self.specs = parse_metrics(metrics)
         self.device, self.batch = torch.device(device), batch
         self.cache, self.workers, self.distributed = cache, workers, distributed
+        self._allow_code = allow_code
         self.perceptual = self._load_perceptual(perceptual)
         self.detectors = self._load_detectors(detector)
         given = [] if reference is None else [reference] if isinstance(reference, ReferenceSource) else reference
@@ -248,7 +251,7 @@ class Evaluator:
                 f"`metrics`: {self._of_paths[0].name} needs a perceptual network (LPIPS as TorchScript, or any feature "
                 "network); calc_metrics.py takes one as `perceptual`"
             )
-        perceptual = Perceptual(given, self.device)
+        perceptual = Perceptual(given, self.device, self._allow_code)
         name = None if perceptual.is_lpips else perceptual.identity.name
         for spec in self._of_paths:
             if spec.detector not in (name, perceptual.identity.name):
@@ -261,7 +264,7 @@ class Evaluator:
 
     def _load_detectors(self, given: str | os.PathLike | FeatureNet | None) -> dict[str | None, FeatureNet]:
         if given is not None and not isinstance(given, FeatureNet):
-            given = load_detector(given, self.device)
+            given = load_detector(given, self.device, allow_code=self._allow_code)
         known: dict[str | None, FeatureNet] = {}
         if given is not None:
             name = None if given.identity.is_inception else given.identity.name

@@ -26,17 +26,18 @@ class Perceptual:
         source: a TorchScript file in the convention of the StyleGAN family's `vgg16.pt` (its forward has an argument
             `return_lpips`), or any other feature network that `load_detector` takes.
         device: where to run.
+        allow_code: as for `load_detector`; TorchScript is a program.
 
     Raises:
-        InputError: the file is missing or no such network.
+        InputError: the file is missing, no such network, or a program that is not allowed.
 
     Attributes:
         identity: see `feature_net.Identity`.
         is_lpips: whether it is of the first kind, to which the name `ppl2_wend` belongs.
     """
 
-    def __init__(self, source: str | os.PathLike, device: str | torch.device = "cpu"):
-        self._net = load_detector(source, device, "perceptual")
+    def __init__(self, source: str | os.PathLike, device: str | torch.device = "cpu", allow_code: bool = False):
+        self._net = load_detector(source, device, "perceptual", allow_code)
         self.identity = self._net.identity
         self.is_lpips = self._net.lpips is not None
 

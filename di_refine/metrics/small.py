@@ -14,9 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from di_refine.errors import InputError
+from torch_utils import safe_files
 from torch_utils.misc import open_atomic
 
 FORMAT = "di-refine features 1"
+MAX_RESOLUTION = 1024  # to which pictures are scaled; published feature networks take far smaller ones
+MAX_SIZE = 1 << 16  # of any number in the settings of a network
 
 
 class Classifier(nn.Module):
@@ -187,6 +190,10 @@ def save_small(
         file.write(safetensors.torch.save(state, metadata=content))
 
 
+def _full(value: torch.Tensor) -> torch.Tensor:
+    return value.float() if value.is_floating_point() else value
+
+
 def load_small(path: str | os.PathLike) -> tuple[Classifier, str, dict]:
     """Read a file of `save_small`.
 
@@ -197,6 +204,7 @@ def load_small(path: str | os.PathLike) -> tuple[Classifier, str, dict]:
         InputError: the file is damaged or something else; the message names it.
     """
     try:
+        safe_files.check_safetensors(path)
         with safetensors.safe_open(os.fspath(path), framework="pt") as file:
             content = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -205,10 +213,21 @@ def load_small(path: str | os.PathLike) -> tuple[Classifier, str, dict]:
     if content.get("format") != FORMAT:
         raise InputError(f"{path}: not a feature network of this project ('pretrain.py features' makes them)")
     try:
-        config = json.loads(content["config"])
-        net = ARCHITECTURES[config.pop("architecture", "plain")](**config)
-        net.load_state_dict(state)
-        name, report = content["name"], json.loads(content["report"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: the feature network's settings and weights do not fit ({error})") from None
+        config = safe_files.parse_json(content["config"].encode())
+        architecture = ARCHITECTURES[config.pop("architecture", "plain")]
+        if not all(type(value) is int and 0 < value <= MAX_SIZE for value in config.values()):
+            raise ValueError(f"sizes must be whole numbers of at most {MAX_SIZE}")
+        with torch.device("meta"):  # without memory, until the tensors are known to fit
+            net = architecture(**config)
+        if config["resolution"] > MAX_RESOLUTION:
+            raise ValueError(f"a resolution of {config['resolution']}, more than {MAX_RESOLUTION}")
+        places = net.state_dict()
+        for key, value in state.items():
+            if key in places and value.is_floating_point() != places[key].is_floating_point():
+                raise ValueError(f"{key} is {value.dtype}")
+        net.load_state_dict({key: _full(value) for key, value in state.items()}, assign=True)
+        name, report = content["name"], safe_files.parse_json(content["report"].encode())
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]  # torch lists every tensor
+        raise InputError(f"{path}: the feature network's settings and weights do not fit ({reason})") from None
     return net.eval().requires_grad_(False), name, report

@@ -93,11 +93,8 @@ def _check(path: str | os.PathLike) -> None:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
     try:
         with file, zipfile.ZipFile(file) as archive:
-            entries = archive.infolist()
-            # As torch.save writes them: packed entries could be a thousand times as large as the file.
-            intact = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-            intact = intact and sum(entry.file_size for entry in entries) <= os.fstat(file.fileno()).st_size
-            intact = intact and not any(entry.external_attr & _FOLDER for entry in entries)
+            size = os.fstat(file.fileno()).st_size
+            intact = not any(entry.external_attr & _FOLDER for entry in safe_files.unpacked_entries(archive, size))
             intact = intact and archive.testzip() is None
     except Exception:  # zipfile raises a dozen kinds of them for a file that was altered
         raise CheckpointError(f"{path} is damaged (it is no archive, or one that was cut short or altered)") from None

@@ -312,7 +312,15 @@ def test_rank_deficiency_is_said(run, folder, tmp_path):
         "    net.name, net.input_size, net.resize = 'wide', 16, 'antialiased-bilinear'\n"
         "    return net\n"
     )
-    arguments = ["--images", folder / "fakes", "--data", folder / "data", "--detector", tmp_path / "wide.py"]
+    arguments = [
+        "--images",
+        folder / "fakes",
+        "--data",
+        folder / "data",
+        "--detector",
+        tmp_path / "wide.py",
+        "--allow-code",
+    ]
     result = run(*arguments, "--metrics=fd1k_full@wide", detector=False)
     assert "1000 images leave the covariance of 1200 features rank-deficient" in result.stderr
     assert "the reference has 40 images for 1200 features" in result.stderr

@@ -1,6 +1,7 @@
 """Feature networks: loading, identities, refusals, and training one."""
 
 import hashlib
+import json
 
 import pytest
 import safetensors.torch
@@ -128,13 +129,13 @@ def test_images_are_checked(small_file):
 def test_torchscript(tmp_path):
     images = torch.randint(0, 256, [4, 3, 8, 8], dtype=torch.uint8)
     torch.jit.script(Plain()).save(tmp_path / "my net.pt")
-    detector = load_detector(tmp_path / "my net.pt")
+    detector = load_detector(tmp_path / "my net.pt", allow_code=True)
     assert detector.identity.name == "my-net" and detector.identity.num_classes is None
     values, probs = detector(images)
     torch.testing.assert_close(values, images.float().mean(dim=(2, 3)))
     assert probs is None and detector(images[:, :1])[0].shape == (4, 3)
     torch.jit.script(Published()).save(tmp_path / "inception-2015-12-05.pt")
-    detector = load_detector(tmp_path / "inception-2015-12-05.pt")
+    detector = load_detector(tmp_path / "inception-2015-12-05.pt", allow_code=True)
     values, probs = detector(images)
     torch.testing.assert_close(values, images.float().mean(dim=(2, 3)))
     torch.testing.assert_close(probs, (values[:, :2] / 255).softmax(dim=1))
@@ -184,3 +185,27 @@ def test_files_are_refused(tmp_path, small_file):
 def test_unknown_name_is_refused(tmp_path):
     with pytest.raises(InputError, match="^detector=nowhere"):
         load_detector("nowhere")
+
+
+@pytest.mark.parametrize("name", ["net.pt", "net.pth", "net.safetensors", "net.py"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.(script|trace)")
+def test_programs_are_not_run_unless_that_is_allowed(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    if name.endswith(".py"):
+        path.write_text("raise AssertionError('it ran')")
+    else:
+        torch.jit.script(Plain()).save(path)
+        monkeypatch.setattr(torch.jit, "load", None)
+    with pytest.raises(InputError, match="is a program .*`allow_code`|cannot be read"):
+        load_detector(path)
+
+
+def test_settings_that_ask_for_more_than_the_file_has_allocate_nothing(small_file, tmp_path):
+    with safetensors.safe_open(small_file, framework="pt") as file:
+        metadata = file.metadata()
+    config = json.dumps({**json.loads(metadata["config"]), "width": 1 << 16, "feature_dim": 1 << 16})
+    state = safetensors.torch.load_file(small_file)
+    for changed, words in (({"config": config}, "size mismatch"), ({"config": "[" * 9999}, "nests too deeply")):
+        safetensors.torch.save_file(state, tmp_path / "x.safetensors", {**metadata, **changed})
+        with pytest.raises(InputError, match=f"settings and weights do not fit .*({words})"):
+            load_detector(tmp_path / "x.safetensors")

@@ -58,7 +58,7 @@ def generator():
 
 
 def test_by_hand(lpips):
-    perceptual = Perceptual(lpips)
+    perceptual = Perceptual(lpips, allow_code=True)
     assert perceptual.is_lpips and perceptual.identity.name == "vgg16"
     sampler = GeneratorSampler(StyleGAN2Generator(Linear()))
     lengths = path_lengths(sampler, perceptual, 0, 500, seed=0, epsilon=0.01)
@@ -83,7 +83,7 @@ def test_extremes_are_left_out():
 
 def test_metric(lpips, generator):
     """Alone, and beside a metric of images; the number of progress steps is what was announced."""
-    evaluator, seen = Evaluator("ppl1k_wend", perceptual=lpips), []
+    evaluator, seen = Evaluator("ppl1k_wend", perceptual=lpips, allow_code=True), []
     sampler = GeneratorSampler(StyleGAN2Generator(generator))
     (result,) = evaluator(sampler, seed=2, progress=seen.append)
     assert sum(seen) == evaluator.num_images == 2000
@@ -96,14 +96,14 @@ def test_metric(lpips, generator):
 
 def test_official_name_is_for_lpips(lpips, generator, tmp_path):
     save_small(SmallConvNet(16, 1, classes=4, width=4, feature_dim=8), tmp_path / "toy.safetensors", "toy")
-    assert Evaluator("ppl2_wend", perceptual=lpips).specs[0].num_images == 50_000
+    assert Evaluator("ppl2_wend", perceptual=lpips, allow_code=True).specs[0].num_images == 50_000
     assert Evaluator("ppl2_wend@toy", perceptual=tmp_path / "toy.safetensors").specs[0].name == "ppl2_wend@toy"
     with pytest.raises(InputError, match="toy and is no LPIPS network; write ppl2_wend@toy for ppl2_wend"):
         Evaluator("ppl2_wend", perceptual=tmp_path / "toy.safetensors")
     with pytest.raises(InputError, match="ppl2_wend needs a perceptual network.*`perceptual`"):
         Evaluator("ppl2_wend")
     with pytest.raises(InputError, match="`perceptual` is for path lengths"):
-        Evaluator("is1k@toy", detector=tmp_path / "toy.safetensors", perceptual=lpips)
+        Evaluator("is1k@toy", detector=tmp_path / "toy.safetensors", perceptual=lpips, allow_code=True)
     with pytest.raises(InputError, match="^perceptual=.*none.pt"):
         Evaluator("ppl2_wend", perceptual=tmp_path / "none.pt")
 
@@ -113,4 +113,4 @@ def test_official_name_is_for_lpips(lpips, generator, tmp_path):
     no_generator.num_channels, no_generator.resolution, no_generator.label_dim = 1, 16, 0
     no_generator.num_images = None
     with pytest.raises(InputError, match="property of StyleGAN2 generators"):
-        Evaluator("ppl2_wend", perceptual=lpips).check(no_generator)
+        Evaluator("ppl2_wend", perceptual=lpips, allow_code=True).check(no_generator)

@@ -42,7 +42,7 @@ def plugin(tmp_path):
 
 
 def test_plugin(plugin):
-    detector = load_detector(plugin())
+    detector = load_detector(plugin(), allow_code=True)
     identity = detector.identity.as_dict()
     assert len(identity.pop("hash")) == 16
     assert identity == {
@@ -65,7 +65,7 @@ def test_plugin(plugin):
 
 def test_hash_covers_code_and_weights(plugin):
     hashes = [
-        load_detector(path()).identity.hash
+        load_detector(path(), allow_code=True).identity.hash
         for path in (plugin, lambda: plugin(scale="1.5"), lambda: plugin(PLUGIN + "\n"), plugin)
     ]
     assert len(set(hashes)) == 3 and hashes[0] == hashes[3]
@@ -76,13 +76,13 @@ def test_hash_covers_weights_from_elsewhere(plugin, tmp_path):
     hashes = []
     for value in (1.0, 2.0):
         torch.save(torch.full([3], value), tmp_path / "w.pt")
-        hashes.append(load_detector(plugin(text)).identity.hash)
+        hashes.append(load_detector(plugin(text), allow_code=True).identity.hash)
     assert hashes[0] != hashes[1]
 
 
 def test_plugin_measures(plugin, tmp_path):
     np.savez(tmp_path / "ref.npz", mu=np.zeros(3), sigma=np.eye(3))
-    evaluator = Evaluator("fd1k_full@my-net", tmp_path / "ref.npz", plugin())
+    evaluator = Evaluator("fd1k_full@my-net", tmp_path / "ref.npz", plugin(), allow_code=True)
 
     def sampler(first, count, seed):
         return torch.full([count, 3, 8, 8], 2, dtype=torch.uint8), None
@@ -93,7 +93,7 @@ def test_plugin_measures(plugin, tmp_path):
 
 
 def test_plugin_as_perceptual_network(plugin):
-    perceptual = Perceptual(plugin())
+    perceptual = Perceptual(plugin(), allow_code=True)
     images = torch.rand([2, 3, 8, 8]) * 255
     torch.testing.assert_close(perceptual(images), images.mean(dim=[2, 3]))
     assert not perceptual.is_lpips
@@ -113,4 +113,4 @@ def test_plugin_as_perceptual_network(plugin):
 )
 def test_plugin_is_refused(plugin, change, words):
     with pytest.raises(InputError, match=f"plugin.py: not a feature network plug-in.*({words})"):
-        load_detector(plugin(PLUGIN.replace(*change)))
+        load_detector(plugin(PLUGIN.replace(*change)), allow_code=True)
