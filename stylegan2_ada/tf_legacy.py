@@ -13,6 +13,7 @@ from torch_utils.persistence import TENSORFLOW_NETWORK, Blueprint, NetworkFormat
 
 _DEFAULT_FILTER = (1, 3, 3, 1)
 _MAX_COMPONENT_DEPTH = 3
+_MAX_TAPS = 64
 
 # How a variable's axes change. TensorFlow has convolution weights as [kh, kw, in, out] and dense ones as [in, out].
 Change = Callable[[np.ndarray], np.ndarray]
@@ -79,7 +80,7 @@ def translate(record: Record) -> Blueprint:
             raise NetworkFormatError(f"two TensorFlow variables hold '{target}'")
         tensors[target] = _tensor(name, value, change)
     resample_filter = (kwargs["synthesis_kwargs"] if is_generator else kwargs["block_kwargs"])["resample_filter"]
-    tensors |= dict(_filters(list(tensors), resample_filter))
+    tensors |= dict(_filters(list(tensors), resample_filter, kwargs["img_resolution"]))
     return Blueprint("Generator" if is_generator else "Discriminator", (), kwargs, tensors)
 
 
@@ -188,13 +189,20 @@ def _find_layer(
     return (f"b{size}", layers[layer][0], leaf, layers[layer][1]) if layer in layers else None
 
 
-def _filters(names: list[str], taps: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Return the filters, which TensorFlow did not store: as configured where a layer resamples, and once per block."""
+def _filters(names: list[str], taps: Any, resolution: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return the filters, which TensorFlow did not store: as configured where a layer resamples, and once per block.
+
+    Only blocks that a network of this resolution can have are looked at.
+    """
+    if not isinstance(taps, (list, tuple)) or len(taps) > _MAX_TAPS:
+        raise NetworkFormatError(f"the TensorFlow setting resample_kernel is {printable(taps)}")
+    sizes = [2**level for level in range(2, resolution.bit_length())]
     configured, default = upfirdn2d.setup_filter(taps), upfirdn2d.setup_filter(_DEFAULT_FILTER)
     blocks = set()
     for name in names:
-        if match := re.fullmatch(r"((synthesis\.)?b\d+)\.(conv0|conv1|skip|conv|fromrgb)\.weight", name):
-            block, is_generator, layer = match.groups()
+        match = re.fullmatch(r"((synthesis\.)?b(\d+))\.(conv0|conv1|skip|conv|fromrgb)\.weight", name)
+        if match and int(match[3]) in sizes:
+            block, is_generator, _, layer = match.groups()
             resamples = layer == "skip" or layer == ("conv0" if is_generator else "conv1")
             yield f"{block}.{layer}.resample_filter", (configured if resamples else default).clone()
             if is_generator or block != "b4":

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ NAMES = {
     ONE_STEP: "a one-step generator of another project (it holds `Sg`, the score network of its training), so it is no "
     "diffusion model any more",
 }
+MAX_STEPS = 1000  # of a distilled generator
 DENOISERS = (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)
 
 
@@ -80,15 +82,38 @@ def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
         say(f"{path}: {note}")
     average = networks.get("G_ema")
     if isinstance(average, Generator):
+        _check_room(average, path, setting)
         return NetworkFile(Path(path), STYLEGAN2, average, networks)
     # Some tools call the average of a diffusion model G_ema, as StyleGAN2 does.
     average = networks.get("ema", average)
     if isinstance(average, DENOISERS):
+        _check_room(average, path, setting)
         sigmas = networks.get("distilled_sigmas")
+        if sigmas is not None and not (isinstance(sigmas, list) and 0 < len(sigmas) <= MAX_STEPS):
+            raise InputError(
+                f"`{setting}`: the distilled_sigmas in {path} are no list of 1 to {MAX_STEPS} noise levels"
+            )
         kind = DISTILLED if sigmas is not None else ONE_STEP if "Sg" in networks else EDM
         return NetworkFile(Path(path), kind, average, networks, sigmas)
     neither = f"{path} holds neither a StyleGAN2 generator (G_ema) nor an EDM network (ema)"
     raise InputError(f"`{setting}`: {explained(neither, path)}")
+
+
+def _check_room(net: Any, path: str | os.PathLike, setting: str) -> None:
+    """Raise InputError where one picture of a network, whose weights may be few, would not fit into memory.
+
+    The estimate is of what has to be there at once at full resolution: the picture, and what enters and leaves a layer.
+    """
+    size, channels = net.img_resolution, net.img_channels
+    layers = re.compile(rf".*\b(b{size}\.|{size}x{size}_).*")
+    weights = [p for name, p in net.named_parameters() if p.ndim == 4 and layers.fullmatch(name)]
+    width = max((max(weight.shape[:2]) for weight in weights), default=0)
+    needed, there = 4 * size**2 * (channels + 2 * width), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there / 2:
+        raise InputError(
+            f"`{setting}`: one picture of {path}, {size}x{size} with {channels} channel(s), takes {needed / 2**30:.3g} "
+            f"GiB to make, and this machine has {there / 2**30:.3g}"
+        )
 
 
 def explained(error: object, path: str | os.PathLike) -> str:

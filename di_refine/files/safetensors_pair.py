@@ -33,13 +33,12 @@ import safetensors.torch
 import torch
 
 from di_refine.files.download import sha256_of
-from torch_utils import misc, persistence
+from torch_utils import misc, persistence, safe_files
 from torch_utils.persistence import NetworkFormatError, Record, printable
 
 FORMAT, VERSION = "di-refine-networks", 1
 SUFFIXES = (".safetensors", ".json")
 _TABLES = ("_parameters", "_buffers", "_modules")  # whose entries are named without them, as in a state dictionary
-_MAX_JSON = 2**26  # bytes; that of the largest published network has 4 MB
 
 
 def config_path(path: str | os.PathLike) -> Path:
@@ -123,11 +122,13 @@ def load_records(path: str | os.PathLike) -> dict[str, Any]:
     config_file, tensors_file = config_path(path), tensors_path(path)
     config = _read_config(config_file)
     try:
-        digest = sha256_of(_regular(tensors_file))
+        safe_files.check_safetensors(tensors_file)
+        digest = sha256_of(tensors_file)
         _need(digest == config["tensors"].get("sha256"), f"{tensors_file.name} is not the file it was written with")
         tensors = safetensors.torch.load_file(tensors_file)
         decoder = _Decoder(config, tensors)
         content = {key: decoder.decode(value) for key, value in config["content"].items()}
+        persistence.check_shared(content)
         _need(not tensors, f"nothing refers to the tensor '{printable(next(iter(tensors), ''))}'")
     except NetworkFormatError as error:
         raise NetworkFormatError(f"{config_file}: {error}") from None
@@ -140,12 +141,6 @@ def load_records(path: str | os.PathLike) -> dict[str, Any]:
     return content
 
 
-def _regular(path: Path) -> Path:
-    if not path.is_file():  # opening a pipe would wait for a writer
-        raise NetworkFormatError(f"{path.name} is {'not a regular file' if os.path.lexists(path) else 'missing'}")
-    return path
-
-
 def _need(condition: bool, what: str) -> None:
     if not condition:
         raise NetworkFormatError(what)
@@ -153,8 +148,8 @@ def _need(condition: bool, what: str) -> None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        _need(_regular(path).stat().st_size <= _MAX_JSON, "far too long for the configuration of a network")
-        config = json.loads(path.read_text("utf-8"), object_pairs_hook=_object, parse_constant=_no_constant)
+        with safe_files.open_regular(path, safe_files.JSON_BYTES) as file:
+            config = safe_files.parse_json(file.read(), object_pairs_hook=_object, parse_constant=_no_constant)
         _need(isinstance(config, dict) and config.get("format") == FORMAT, f"its format is not '{FORMAT}'")
         _need(config.get("version") == VERSION, f"version {printable(config['version'])}; only {VERSION} is known")
         for key, kind in {"tensors": dict, "sources": dict, "shared": list, "content": dict}.items():
@@ -164,7 +159,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise NetworkFormatError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, RecursionError) as error:  # also what is not UTF-8 or not JSON
-        raise NetworkFormatError(f"{path}: not JSON ({printable(error)})") from error
+        raise NetworkFormatError(f"{path}: no JSON that can be read ({printable(error)})") from error
     return config
 
 

@@ -283,3 +283,9 @@ def test_stylegan3_is_refused(child):
     synthesis = Record("SynthesisNetwork", {"_modules": {child: part}})
     with pytest.raises(NetworkFormatError, match="StyleGAN3"):
         flavours.translate_generator(Record("Generator", {"_modules": {"synthesis": synthesis}}))
+
+
+def test_filters_have_bounds():
+    record = to_tensorflow(generator(), {**GENERATOR, "resample_kernel": [1] * 65})
+    with pytest.raises(NetworkFormatError, match="resample_kernel is a list"):
+        tf_legacy.translate(record)

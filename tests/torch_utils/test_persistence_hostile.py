@@ -210,6 +210,13 @@ def many_paths(levels=40):
     return Raw(data)
 
 
+def one_table():
+    """Two layers that share a table: with a thousand of each, a million entries."""
+    first = record("HostileChild", {"_buffers": Raw(code({"a": None}) + b"q\x63")})
+    second = record("HostileChild", {"_buffers": Raw(b"h\x63")})
+    return record(state={"_modules": {"a": first, "b": second}})
+
+
 def checkpoint_with_code():
     """What `torch.save` writes today, with a call of `poke` in it."""
 
@@ -442,7 +449,9 @@ HOSTILE = {
     ),
     "attribute not a number": (network(gain=float("nan")), "'gain' is nan"),
     "layers within layers": (dump({"G": chain(20_000, "child")}), "too deep"),
-    "the same layers again and again": (dump({"G": many_paths()}), "occurs twice"),
+    "one table in two layers": (dump({"G": one_table()}), "table _buffers stands in two places"),
+    "one table in two layers, not needed": (dump({"x": one_table()}), "table _buffers stands in two places"),
+    "the same layers again and again": (dump({"G": many_paths()}), "stands in two places"),
     # Constructor arguments.
     "no arguments": (network(_init_kwargs={}), "missing a required argument"),
     "unknown argument": (arguments(evil=1), "unexpected keyword argument 'evil'"),
@@ -456,7 +465,7 @@ HOSTILE = {
     "negative": (arguments(columns=-3), "does not accept"),
     "too wide": (arguments(columns=100_000), "wrong shape: weight"),
     "too many layers": (arguments(layers=100_000), "far more layers than the file has"),
-    "endless argument": (arguments(table=[0] * 5000), "too many"),
+    "endless argument": (arguments(table=[0] * 5000), "has 5000 items"),
     "endless text": (arguments(options="x" * 5000), "out of range"),
     "tensor as argument": (arguments(options=tensor()), "argument is a Tensor"),
     "record as argument": (arguments(options=record()), "argument is a Record"),

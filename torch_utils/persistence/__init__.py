@@ -21,7 +21,7 @@ from torch_utils import misc
 from torch_utils.persistence import builder, reader, writer
 from torch_utils.persistence.builder import Blueprint, blueprint
 from torch_utils.persistence.machine import NetworkFormatError, Opaque, Unknown, printable
-from torch_utils.persistence.reader import TENSORFLOW_NETWORK, Record, unknown_in
+from torch_utils.persistence.reader import TENSORFLOW_NETWORK, Record, check_shared, unknown_in
 
 __all__ = [
     "Blueprint",
@@ -31,6 +31,7 @@ __all__ = [
     "TENSORFLOW_NETWORK",
     "Unknown",
     "blueprint",
+    "check_shared",
     "from_records",
     "load",
     "load_records",
@@ -240,6 +241,7 @@ def _named(content: Any) -> dict[str, Any]:
         raise unknown.refusal()
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise NetworkFormatError(f"holds a {type(content).__name__} instead of a dictionary of networks")
+    check_shared(content)
     return content
 
 

@@ -20,6 +20,7 @@ from torch_utils.persistence.writer import cpu_tensor
 # What a constructor argument may be at most. Real ones stay far below; the point is that building cannot take long.
 _MAX_INT = 2**17
 _MAX_ITEMS = 1000
+_MAX_LIST = 64  # a filter of so many taps has 4096 values, and layers have one each
 _MAX_TEXT = 1000
 _MAX_DEPTH = 16
 _MAX_LISTED = 100
@@ -186,6 +187,8 @@ def _checked_argument(value: Any, budget: list[int]) -> Any:
         raise NetworkFormatError(f"the constructor argument {printable(value)} is out of range")
     if value is None or kind in (bool, int, float, str):
         return value
+    if kind in (list, tuple) and len(value) > _MAX_LIST:
+        raise NetworkFormatError(f"a constructor argument has {len(value)} items")
     if kind in (list, tuple):
         return kind(_checked_argument(item, budget) for item in value)
     if kind is dict and all(type(key) is str for key in value):

@@ -126,6 +126,41 @@ def unknown_in(value: Any) -> Unknown | None:
     return None
 
 
+def check_shared(content: Any) -> None:
+    """Raise NetworkFormatError where a part of a network belongs to two of them, or twice to one.
+
+    A layer, a table of layers or tensors, and an array each have one place. A file in which they have many would take
+    the product of the places in time, or in memory, wherever its networks are walked through.
+    """
+    seen: set[int] = set()
+
+    def claim(part: Any, what: str) -> None:
+        need(id(part) not in seen, f"{what} stands in two places")
+        seen.add(id(part))
+
+    pending = [value for value in content.values() if isinstance(value, Record)]
+    pending = list({id(record): record for record in pending}.values())  # a network may have two names
+    seen |= {id(record) for record in pending}
+    while pending:
+        record = pending.pop()
+        claim(record.state, "the state of an object")
+        for name in ("_parameters", "_buffers", "_modules", "components"):
+            table = record.state.get(name)
+            if not isinstance(table, dict) or not table:
+                continue
+            claim(table, f"the table {name}")
+            for child in table.values():
+                if isinstance(child, Record):
+                    claim(child, f"a {printable(child.class_name)}")
+                    pending.append(child)
+        variables = record.state.get("variables")
+        if isinstance(variables, list):
+            claim(variables, "the list of variables")
+            for item in variables:
+                if isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[1], Array):
+                    claim(item[1], f"the array of '{printable(item[0])}'")
+
+
 def check_outline(head: bytes, tail: bytes) -> None:
     """Raise NetworkFormatError where the first bytes or the last show that a file is no pickle, or not a whole one."""
     if not head:

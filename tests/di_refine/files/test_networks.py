@@ -11,6 +11,7 @@ from golden_io import GOLDEN
 
 from di_refine.commands import convert, generate, inspect
 from di_refine.denoisers import load_denoiser
+from di_refine.edm.networks import EDMPrecond
 from di_refine.errors import InputError
 from di_refine.files import networks, safetensors_pair
 from di_refine.generators import load_sampler
@@ -190,4 +191,19 @@ def _generator(**layers):
 def test_pickles_of_other_projects_are_called_by_their_name(content, name, tmp_path):
     persistence.save(content, tmp_path / "a.pkl")
     with pytest.raises(InputError, match=f"a.pkl is {name}"):
+        networks.load(tmp_path / "a.pkl")
+
+
+def test_pictures_that_would_not_fit_into_memory_are_refused(tmp_path, monkeypatch):
+    small = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+    persistence.save({"ema": EDMPrecond(1 << 17, 1, **small)}, tmp_path / "a.pkl")
+    with pytest.raises(InputError, match=r"`teacher`: one picture of .*131072x131072 with 1 channel.* GiB"):
+        networks.load(tmp_path / "a.pkl", "teacher")
+
+
+@pytest.mark.parametrize("sigmas", [[], [1.0] * 1001, 1.0])
+def test_noise_levels_are_a_list_of_some(tmp_path, sigmas):
+    small = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+    persistence.save({"ema": EDMPrecond(8, 1, **small), "distilled_sigmas": sigmas}, tmp_path / "a.pkl")
+    with pytest.raises(InputError, match="no list of 1 to 1000 noise levels"):
         networks.load(tmp_path / "a.pkl")
