@@ -7,6 +7,8 @@ import time
 import urllib.parse
 
 CONTENT = bytes(range(256)) * 1000
+TEXT = b"Error 17: the file has moved.\n"
+KINDS = {"ok", "nolength", "page", "flaky", "short", "stall", "busy", "drip", "text", "packed", "huge", "length"}
 PAGE = b"\n<!DOCTYPE html>\n<html>Please log in.</html>"
 
 
@@ -18,6 +20,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
     /page/...        a web page
     /flaky/...       as /ok, but the first `failures` answers break off half-way
     /short/...       every answer breaks off after 1000 bytes
+    /drip/...        announces the content, and sends a byte now and then
+    /text/...        a message in plain text
+    /packed/...      the content, said to be compressed
+    /huge/...        announces a petabyte
+    /length/...      announces a length that is no number
     /stall/...       announces the content, sends some of it and then nothing
     /busy/...        as /ok after `failures` answers of 503
     /redirect/...    to /ok/...
@@ -39,7 +46,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(int(kind))
         elif kind == "busy" and self._fails():
             self.send_error(503)
-        elif kind in ("ok", "nolength", "page", "flaky", "short", "stall", "busy"):
+        elif kind in KINDS:
             self._send(kind)
         else:
             self.send_error(404)
@@ -54,16 +61,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def _send(self, kind):
-        body = PAGE if kind == "page" else self.server.content
+        body = {"page": PAGE, "text": TEXT}.get(kind, self.server.content)
+        length = {"huge": 10**15, "length": "many"}.get(kind, len(body))
         self.send_response(200)
         if kind != "nolength":
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(length))
+        if kind == "packed":
+            self.send_header("Content-Encoding", "gzip")
         self.end_headers()
         if kind == "flaky" and self._fails():
             body = body[: len(body) // 2]
         elif kind in ("short", "stall"):
             body = body[:1000]
         with contextlib.suppress(ConnectionError):
+            for byte in body if kind == "drip" else ():
+                self.wfile.write(bytes([byte]))
+                if self.server.released.wait(0.02):
+                    return
             self.wfile.write(body)
             self.wfile.flush()
             if kind == "stall":
@@ -94,6 +108,7 @@ def running():
 
 def reset(server):
     server.requests, server.failures, server.content = [], 0, CONTENT
+    server.released.clear()
 
 
 def wait_until(condition, seconds=10):

@@ -7,17 +7,26 @@ file, and enforced from then on.
 import contextlib
 import json
 import os
+import re
+import shutil
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from di_refine import terminal
+from torch_utils import misc, safe_files
 
 if TYPE_CHECKING:
     import requests
 
 TIMEOUT = 30.0  # seconds without a byte from the server
 ATTEMPTS = 5  # connections for one file; pooch waits one second before the second one, two before the third, ...
-_WEB_PAGE = (b"<!doctype html", b"<html")  # what a server sends that wants a login or a click first
+PATIENCE, MIN_RATE = 60.0, 10_000.0  # after so many seconds, so many bytes per second have to have come on average
+MAX_SECONDS = 86_400.0  # that a file may take in all
+MAX_BYTES = 1 << 36  # of one file; networks have up to 3 GB, and data sets are seldom downloaded by their address
+_BINARY = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f-\xff]")
+_UNREADABLE = "what cannot be read"
 
 
 class DownloadError(RuntimeError):
@@ -65,28 +74,79 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> None:
 
 
 def _receive(url: str, path: str, name: str) -> None:
-    """Write what the server sends to `path`; pooch's own downloader would follow a redirect to http."""
+    """Write what the server sends to `path`; pooch's own downloader has no bounds and would follow a redirect to http.
+
+    A server that sends a byte now and then never times out, so a thread receives and this one watches its progress.
+    """
+    outcome: list[Exception] = []
+    received = [0]
+
+    def work() -> None:
+        try:
+            _transfer(url, path, name, received)
+        except Exception as error:
+            outcome.append(error)
+
+    thread, start = threading.Thread(target=work, daemon=True), time.monotonic()
+    thread.start()
+    while thread.is_alive():
+        thread.join(PATIENCE / 100)
+        elapsed = time.monotonic() - start
+        too_slow = elapsed > PATIENCE and received[0] < MIN_RATE * elapsed
+        if thread.is_alive() and (too_slow or elapsed > MAX_SECONDS):
+            raise DownloadError(f"the server is too slow: {received[0]} bytes in {elapsed:.0f} seconds")
+    if outcome:
+        raise outcome[0]
+
+
+def _transfer(url: str, path: str, name: str, received: list[int]) -> None:
     import requests
 
     headers = {"Accept-Encoding": "identity"}  # or the length would be that of the compressed form
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        if url.startswith("https:") and not response.url.startswith("https:"):
-            raise DownloadError(f"it redirects to {response.url}, which is not https")
+    session = requests.Session()
+    session.max_redirects = 10
+    if url.startswith("https:"):
+        session.adapters.pop("http://")  # so that nothing is sent where a redirect leads away from https
+    with session, session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         response.raise_for_status()
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise DownloadError("the server sends it compressed, though it was asked not to")
         response.raw.enforce_content_length = True  # as urllib3 does by itself since version 2
-        total = response.headers.get("Content-Length", "")
+        length = response.headers.get("Content-Length", "")
+        total = int(length) if length.isdecimal() and len(length) < 20 else None
+        _check_room(total or 0, path)
         os.unlink(path)  # pooch made it readable for its owner alone, and a cache may be shared
-        with open(path, "xb") as file, terminal.progress(int(total) if total else None, name, "B") as bar:
+        with open(path, "xb") as file, terminal.progress(total, name, "B") as bar:
             for block in response.iter_content(1 << 16):
-                if not bar.count and block.lstrip().lower().startswith(_WEB_PAGE):
-                    raise DownloadError("the server sends a web page instead of the file")
+                if not received[0] and _is_text(block, name):
+                    raise DownloadError("the server sends a web page or another text instead of the file")
+                received[0] += len(block)
+                if received[0] > MAX_BYTES:
+                    _check_room(received[0], path)
                 file.write(block)
                 bar.update(len(block))
+
+
+def _check_room(size: int, path: str) -> None:
+    """Raise DownloadError for a file that is too large for any use here, or for the disk."""
+    free = shutil.disk_usage(os.path.dirname(path)).free
+    if size > min(MAX_BYTES, free):
+        limit = f"there may be {MAX_BYTES / 1e9:.0f}" if size > MAX_BYTES else f"the disk has {free / 1e9:.2g}"
+        raise DownloadError(f"it has {size / 1e9:.3g} GB, and {limit}")
+
+
+def _is_text(head: bytes, name: str) -> bool:
+    """Whether a file that begins so is a text, as web pages and messages of servers are, and nothing read here is."""
+    if name.endswith((".json", ".py", ".txt")):
+        return False
+    return head.lstrip().startswith(b"<") or not _BINARY.search(head[:1024])
 
 
 def _reason(error: "requests.RequestException") -> str:
     import requests
 
+    if isinstance(error, requests.exceptions.InvalidSchema):
+        return "it redirects to an address that is not https"
     if isinstance(error, requests.HTTPError) and error.response is not None:
         return f"the server answers {error.response.status_code} {error.response.reason}"
     if isinstance(error, requests.Timeout) or "timed out" in str(error):
@@ -109,11 +169,13 @@ def memory_path(path: Path) -> Path:
 
 
 def remembered(path: Path) -> str | None:
-    """Return the SHA-256 that is remembered of a file, or None."""
+    """Return the SHA-256 that is remembered of a file, or None; of a damaged memory, words that no SHA-256 equals."""
     try:
-        return json.loads(memory_path(path).read_text("utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(safe_files.read_json(memory_path(path))["sha256"])
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return _UNREADABLE  # which no file has
 
 
 def fault(path: Path, url: str, sha256: str | None = None, received: Path | None = None) -> str | None:
@@ -131,9 +193,13 @@ def fault(path: Path, url: str, sha256: str | None = None, received: Path | None
         origin = "" if sha256 else f", which was recorded at its first use in {memory_path(path)}"
         return f"its SHA-256 is {digest} instead of {expected}{origin}"
     if known is None:
+        with open(received or path, "rb") as content:
+            if not sha256 and _is_text(content.read(1024), path.name):
+                return "it is a web page or another text"
         with contextlib.suppress(OSError):  # a cache that others maintain may be read-only
             memory_path(path).parent.mkdir(parents=True, exist_ok=True)
-            memory_path(path).write_text(json.dumps({"sha256": digest, "url": url}, indent=1), "utf-8")
+            with misc.open_atomic(memory_path(path), "w") as file:
+                json.dump({"sha256": digest, "url": terminal.without_secrets(url)}, file, indent=1)
     return None
 
 

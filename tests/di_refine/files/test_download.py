@@ -3,12 +3,13 @@
 import contextlib
 import hashlib
 import http.server
+import io
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
+import requests
 from di_refine_http import CONTENT
 
 from di_refine.files import download
@@ -63,17 +64,70 @@ def test_the_next_call_starts_over(server, target, monkeypatch, content):
 
 
 def test_a_web_page_is_no_file(server, target):
-    with pytest.raises(DownloadError, match="the server sends a web page instead of the file"):
-        download.fetch(f"{server.base}/page/net.pkl", target)
+    for kind in ("page", "text"):
+        with pytest.raises(DownloadError, match="the server sends a web page or another text instead of the file"):
+            download.fetch(f"{server.base}/{kind}/net.pkl", target)
+    assert files(target.parent) == [] and len(server.requests) == 2
+    target.write_text("Not found")
+    assert download.fault(target, "url") == "it is a web page or another text" and download.remembered(target) is None
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        ("packed", "the server sends it compressed"),
+        ("huge", r"it has 1e\+06 GB, and there may be 69"),
+        ("drip", "the server is too slow"),
+    ],
+)
+def test_what_a_server_sends_has_bounds(server, target, monkeypatch, kind, reason):
+    monkeypatch.setattr(download, "PATIENCE", 0.2)
+    with pytest.raises(DownloadError, match=reason):
+        download.fetch(f"{server.base}/{kind}/net.pkl", target)
+    server.released.set()
     assert files(target.parent) == [] and len(server.requests) == 1
 
 
-def test_https_stays_https(target, monkeypatch):
-    answer = contextlib.nullcontext(SimpleNamespace(url="http://example.invalid/net.pkl"))
-    monkeypatch.setattr("requests.get", lambda *_, **__: answer)
-    with pytest.raises(DownloadError, match="it redirects to http://example.invalid/net.pkl, which is not https"):
-        download.fetch("https://example.invalid/net.pkl", target)
+def test_a_file_without_an_announced_length_has_bounds(server, target, monkeypatch):
+    monkeypatch.setattr(download, "MAX_BYTES", len(CONTENT) - 1)
+    with pytest.raises(DownloadError, match="it has 0.000256 GB, and there may be 0"):
+        download.fetch(f"{server.base}/nolength/net.pkl", target)
     assert files(target.parent) == []
+
+
+def test_a_length_that_is_no_number(server, target):
+    with contextlib.suppress(DownloadError):  # requests may refuse it
+        download.fetch(f"{server.base}/length/net.pkl", target)
+        assert target.read_bytes() == CONTENT
+
+
+def test_a_damaged_memory_is_not_passed_over(server, target):
+    download.fetch(f"{server.base}/ok/net.pkl", target)
+    for damage in ("{", "[]", '{"sha256": 5}', "[" * 9999):
+        download.memory_path(target).write_text(damage)
+        assert "which was recorded at its first use in" in download.fault(target, "url")
+
+
+def test_a_password_is_not_remembered(server, target):
+    url = f"{server.base}/ok/net.pkl".replace("http://", "http://me:pass@")
+    download.fetch(url, target)
+    assert "pass" not in download.memory_path(target).read_text()
+
+
+def test_https_stays_https(target, monkeypatch):
+    asked = []
+
+    def send(_, request, **__):
+        asked.append(request.url)
+        answer = requests.Response()
+        answer.status_code, answer.url, answer.request, answer.raw = 302, request.url, request, io.BytesIO()
+        answer.headers["Location"] = "http://example.invalid/net.pkl"
+        return answer
+
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", send)
+    with pytest.raises(DownloadError, match="it redirects to an address that is not https"):
+        download.fetch("https://example.invalid/net.pkl", target)
+    assert files(target.parent) == [] and asked == ["https://example.invalid/net.pkl"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions as POSIX has them")
@@ -89,7 +143,7 @@ def test_others_may_read_the_file(server, target):
         ("404", "the server answers 404 Not Found", 1),
         ("403", "the server answers 403 Forbidden", 1),
         ("500", "the server answers 500 Internal Server Error", 5),
-        ("loop", "redirects", 31),
+        ("loop", "redirects", 11),
     ],
 )
 def test_refusals(server, target, path, reason, requests):
@@ -139,12 +193,12 @@ def test_a_checksum_is_learnt_and_enforced(server, target):
 
 
 def test_changed_files_are_noticed(server, target):
-    target.write_bytes(b"by hand")
+    target.write_bytes(b"by\0hand")
     assert download.fault(target, "url") is None, "seen for the first time"
     assert download.fault(target, "url") is None
     target.write_bytes(b"altered")
     assert "recorded at its first use" in download.fault(target, "url")
-    target.write_bytes(b"by hand")
+    target.write_bytes(b"by\0hand")
     assert download.fault(target, "url") is None, "only its time is new"
     assert "instead of 1234" in download.fault(target, "url", "1234")
 
@@ -159,9 +213,9 @@ class Proxy(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.requests.append(self.path)
         self.send_response(200)
-        self.send_header("Content-Length", "5")
+        self.send_header("Content-Length", "6")
         self.end_headers()
-        self.wfile.write(b"proxy")
+        self.wfile.write(b"proxy\0")
 
     def log_message(self, *_):
         pass
@@ -176,4 +230,4 @@ def test_proxies_are_honoured(server, target, monkeypatch):
     download.fetch("http://example.invalid/net.pkl", target)
     thread.join(5)
     proxy.server_close()
-    assert target.read_bytes() == b"proxy" and proxy.requests == ["http://example.invalid/net.pkl"]
+    assert target.read_bytes() == b"proxy\0" and proxy.requests == ["http://example.invalid/net.pkl"]

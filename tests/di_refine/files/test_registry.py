@@ -81,8 +81,8 @@ def test_failed_downloads_say_where_to_put_the_file(server, cache, path, reason)
     target = message.rpartition("save it as ")[2]
     assert message.startswith(f"teacher={url}: cannot download {url} ({reason}") and "\n" not in message
     assert Path(target).parent == cache and not any(path.is_file() for path in cache.iterdir())
-    Path(target).write_bytes(b"by hand")
-    assert registry.resolve(url).read_bytes() == b"by hand", "the place named is the place looked at"
+    Path(target).write_bytes(b"by\0hand")
+    assert registry.resolve(url).read_bytes() == b"by\0hand", "the place named is the place looked at"
 
 
 def test_refused_connection(server, cache):
