@@ -78,6 +78,7 @@ def main(
     import numpy as np
     import PIL
 
+    from di_refine.files import decoding
     from di_refine.files.dataset_sources import check_colour, fit, open_source
     from di_refine.files.dataset_writer import (
         Picture,
@@ -108,13 +109,13 @@ def main(
     colour = {None: "keep", True: "grey", False: "rgb"}[grey]
 
     def convert(index: int) -> Picture | DamagedImages:
-        try:
-            image = check_colour(images.read(index), images.names[index], colour)
-        except DamagedImages as error:
-            return error
-        return Picture.encode(
-            fit(image, images.names[index], size, transform, resize_filter, bars), images.names[index]
-        )
+        name = images.names[index]
+        with decoding.turn():
+            try:
+                image = check_colour(images.read(index), name, colour)
+            except DamagedImages as error:
+                return error
+            return Picture.encode(fit(image, name, size, transform, resize_filter, bars), name)
 
     record = {
         "source": images.origin,

@@ -8,6 +8,8 @@ is a remark.
 
 import contextlib
 import io
+import threading
+from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import IO
 
@@ -23,6 +25,8 @@ CMYK = "in CMYK, whose colours without a profile are approximate"
 BROKEN_EXIF = "with damaged EXIF data, taken to be upright"
 
 Image.init()
+# The C library gives blocks of more than 32 MiB back to the system at once, and keeps smaller ones for each thread.
+Image.core.set_block_size(1 << 26)
 _PIXELS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "SUN", "TIFF", "WEBP"]
 #: The formats of pictures made of pixels that this Pillow reads. Content of any other kind, such as PostScript, which
 #: Pillow hands to another program, is never looked into, whatever the file is called.
@@ -30,8 +34,33 @@ FORMATS = [name for name in _PIXELS if name in Image.OPEN]
 #: Of files that are taken for pictures. TGA is told by its extension alone, for nothing in the file does.
 EXTENSIONS = tuple(sorted(extension for extension, kind in Image.EXTENSION.items() if kind in {*FORMATS, "TGA"}))
 
+LARGE = 1 << 24  # pixels; of pictures with more, one is decoded at a time
+_one_large = threading.Lock()
+_turn = threading.local()
+
 SRGB = 1 / 2.2
 VERSION = 2  # of the rules above; statistics of images that were read by other rules are not reused
+
+
+@contextlib.contextmanager
+def turn() -> Iterator[None]:
+    """Within this block a thread may hold a large picture; no other thread decodes one until the block ends."""
+    if getattr(_turn, "stack", None) is not None:
+        yield  # within another such block
+        return
+    with contextlib.ExitStack() as stack:
+        _turn.stack = stack
+        try:
+            yield
+        finally:
+            _turn.stack = None
+
+
+def _wait_for_turn() -> None:
+    stack = getattr(_turn, "stack", None)
+    if stack is not None and not getattr(stack, "has_turn", False):
+        stack.enter_context(_one_large)
+        stack.has_turn = True
 
 
 def decode(content: bytes, name: str) -> tuple[Image.Image, set[str]]:
@@ -47,10 +76,13 @@ def decode(content: bytes, name: str) -> tuple[Image.Image, set[str]]:
     Raises:
         Exception: of any type, as Pillow raises them for damaged data.
     """
-    image = _open(io.BytesIO(content), name)
-    remarks = _remarks(image)
-    image.load()
-    return _interpret(image), remarks
+    with turn():
+        image = _open(io.BytesIO(content), name)
+        if image.width * image.height > LARGE:
+            _wait_for_turn()
+        remarks = _remarks(image)
+        image.load()
+        return _interpret(image), remarks
 
 
 def header(file: IO[bytes], name: str) -> tuple[tuple[int, int], str, set[str]]:

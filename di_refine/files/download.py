@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from di_refine import terminal
-from torch_utils import misc, safe_files
+from torch_utils import safe_files
 
 if TYPE_CHECKING:
     import requests
@@ -196,6 +196,8 @@ def fault(path: Path, url: str, sha256: str | None = None, received: Path | None
         with open(received or path, "rb") as content:
             if not sha256 and _is_text(content.read(1024), path.name):
                 return "it is a web page or another text"
+        from torch_utils import misc  # imports PyTorch, which --help must not wait for
+
         with contextlib.suppress(OSError):  # a cache that others maintain may be read-only
             memory_path(path).parent.mkdir(parents=True, exist_ok=True)
             with misc.open_atomic(memory_path(path), "w") as file:

@@ -5,7 +5,6 @@ import json
 import os
 import threading
 import zipfile
-import zlib
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from di_refine.errors import InputError
-from di_refine.files import decoding
+from di_refine.files import arrays, decoding
 from torch_utils import safe_files
 
 MAX_BYTES = 1 << 29  # of one picture's file, unpacked; an uncompressed one of the largest size has as many
@@ -272,22 +271,20 @@ class ArrayFiles:
         if not self.path.is_file():
             raise InputError(f"{where} does not exist")
         try:
-            with np.load(self.path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in ("arr_0", "arr_1") if name in archive.files}
-                others = [name for name in archive.files if name not in arrays]
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            found, others = arrays.read(self.path, ("arr_0", "arr_1"))
+        except arrays.ERRORS as error:
             raise InputError(f"{where} is no file of arrays, or it is damaged ({_reason(error)})") from None
-        if "arr_0" not in arrays:
+        if "arr_0" not in found:
             raise InputError(
-                f"{where} holds no images, which would be in arr_0; it has {', '.join(others) or 'nothing'}"
+                f"{where} holds no images, which would be in arr_0; it has {', '.join(others[:20]) or 'nothing'}"
             )
-        pixels = arrays["arr_0"]
+        pixels = found["arr_0"]
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3, 4) or pixels.size == 0:
             raise InputError(
                 f"{where}: arr_0 is {pixels.dtype} {list(pixels.shape)}, not uint8 [N, H, W, C] with 1, 3 or 4 channels"
             )
         self._pixels = pixels[..., 0] if pixels.shape[3] == 1 else pixels
-        self._classes = arrays.get("arr_1")
+        self._classes = found.get("arr_1")
         if self._classes is not None and (
             self._classes.shape != pixels.shape[:1] or self._classes.dtype.kind not in "iu"
         ):

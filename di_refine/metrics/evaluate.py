@@ -208,7 +208,7 @@ class Evaluator:
         start = time.monotonic()
         ranks = Ranks(self.distributed)
         collectors = {name: Collector(net, self._specs_of(name)) for name, net in self.detectors.items()}
-        for indices in ranks.batches(self._num_in_pass, self.batch):
+        for indices in ranks.batches(self._num_in_pass, ranks.fitting(self.batch, sampler)):
             images, labels = sampler(indices.start, len(indices), seed)
             for collector in collectors.values():
                 collector.append(indices.start, images, labels)

@@ -11,6 +11,8 @@ from typing import Any
 from di_refine.errors import InputError, RunError
 from torch_utils import distributed as multi
 
+BATCH_BYTES = 1 << 29  # of pictures that are held at once; 170 in colour of 1024x1024
+
 
 class Ranks:
     """The processes that share a measurement, and which of them this is.
@@ -30,6 +32,11 @@ class Ranks:
     def is_first(self) -> bool:
         """Whether this process does the arithmetic."""
         return self.rank == 0
+
+    @staticmethod
+    def fitting(batch: int, images: Any) -> int:
+        """Return a batch, or as many images of the size that a sampler or data set has as take half a gigabyte."""
+        return max(1, min(batch, BATCH_BYTES // (images.num_channels * images.resolution**2)))
 
     def batches(self, count: int, batch: int) -> Iterator[range]:
         """Yield this process's share of the batches of images 0 to count - 1: neighbouring ones, in order."""

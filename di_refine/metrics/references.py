@@ -73,7 +73,7 @@ def reference_statistics(
         return _shared(found, ranks)
     stream = FeatureMoments(keep=count if keep_features else 0)
     images = ImageSampler(dataset, workers)
-    for indices in ranks.batches(count, batch):
+    for indices in ranks.batches(count, ranks.fitting(batch, dataset)):
         features, _ = net(images(indices.start, len(indices))[0], probabilities=False)
         net.check_finite(features, indices.start)
         stream.append(features)

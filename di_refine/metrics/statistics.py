@@ -1,8 +1,6 @@
 """Mean and covariance of feature sets: streamed, merged over processes, stored as .npz files."""
 
 import os
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import numpy as np
 import torch
 
 from di_refine.errors import InputError
+from di_refine.files import arrays
 from torch_utils.misc import open_atomic
 
 # Fields that say where statistics come from; every one may be missing, as in the official files.
@@ -86,17 +85,16 @@ class FeatureStatistics:
         """
         path = Path(path)
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                content = {key: archive[key] for key in archive.files}
+            content, others = arrays.read(path, ("mu", "sigma", "count", "features", *IDENTITY))
         except FileNotFoundError:
             raise InputError(f"{path}: no such statistics file") from None
-        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(f"{path}: not a readable .npz of statistics ({error})") from None
+        except arrays.ERRORS as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{path}: not a readable .npz of statistics ({reason})") from None
         missing = {"mu", "sigma"} - content.keys()
         if missing:
-            raise InputError(
-                f"{path}: lacks {' and '.join(sorted(missing))}; it holds {', '.join(content) or 'nothing'}"
-            )
+            there = ", ".join([*content, *others][:20]) or "nothing"
+            raise InputError(f"{path}: lacks {' and '.join(sorted(missing))}; it holds {there}")
         mu, sigma = content["mu"].astype(np.float64, copy=False), content["sigma"].astype(np.float64, copy=False)
         if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
             raise InputError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} do not fit together")

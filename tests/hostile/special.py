@@ -1,7 +1,8 @@
 """Pipes, devices and links in the places of files: refused at once, and never written through.
 
 `CASES` has (name, function, bound in CPU seconds, bound in MiB). The function writes hostile files into an empty folder
-and returns the arguments of the Python that meets them, which must end with exit status 2 and one sentence.
+and returns the arguments of the Python that meets them, which must end within the bounds: with exit status 2 and one
+sentence, or where the files are merely unusual, with 0.
 """
 
 import json

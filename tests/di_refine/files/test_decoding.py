@@ -1,4 +1,7 @@
 import io
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +119,32 @@ def test_content_of_another_kind_is_not_looked_into(name, monkeypatch):
     for reader in (decoding.decode, lambda content, name: decoding.header(io.BytesIO(content), name)):
         with pytest.raises(Exception, match="cannot identify image file"):
             reader(stored(COLOUR, format="EPS"), name)
+
+
+def test_one_large_picture_at_a_time(monkeypatch):
+    monkeypatch.setattr(decoding, "LARGE", 15)
+    file, running, most = io.BytesIO(), [], []
+    Image.new("L", (4, 4)).save(file, "PNG")
+
+    def convert(_):
+        with decoding.turn():
+            decoding.decode(file.getvalue(), "a.png")
+            decoding.decode(file.getvalue(), "a.png")  # a thread does not wait for itself
+            running.append(1)
+            time.sleep(0.01)
+            most.append(len(running))
+            running.pop()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(convert, range(8)))
+    assert max(most) == 1
+    monkeypatch.setattr(decoding, "LARGE", 16)
+    barrier = threading.Barrier(2, timeout=10)
+
+    def together(_):
+        with decoding.turn():
+            decoding.decode(file.getvalue(), "a.png")
+            barrier.wait()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(together, range(2)))
