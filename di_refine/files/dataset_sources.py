@@ -1,5 +1,7 @@
 """Images to be converted into a data set: where they are read from, and what is done to each."""
 
+import gzip
+import io
 import os
 import pickle
 import re
@@ -16,8 +18,10 @@ from PIL import Image, ImageOps
 from di_refine.errors import InputError
 from di_refine.files.datasets import label_array
 from di_refine.files.image_files import ArrayFiles, ImageFiles, open_files
+from torch_utils import safe_files
 
 CIFAR_MEMBERS = [f"cifar-10-batches-py/data_batch_{number}" for number in range(1, 6)]
+CIFAR_BYTES = 1 << 28  # of the archive, unpacked; it has 187 MB
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 COLOURS = ("L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")  # modes that Pillow can turn into RGB
 
@@ -108,7 +112,11 @@ def cifar_source(path: Path) -> Source:
         raise InputError(f"source={path} does not exist")
     pixels, labels = [], []
     try:
-        with tarfile.open(path) as archive:
+        with safe_files.open_regular(path) as packed:
+            unpacked = gzip.GzipFile(fileobj=packed).read(CIFAR_BYTES + 1)
+        if len(unpacked) > CIFAR_BYTES:
+            raise ValueError(f"it unpacks to more than {CIFAR_BYTES} bytes")
+        with tarfile.open(fileobj=io.BytesIO(unpacked)) as archive:
             for member in CIFAR_MEMBERS:
                 file = archive.extractfile(member)
                 if file is None:
@@ -133,6 +141,8 @@ def cifar_source(path: Path) -> Source:
         ValueError,
         AttributeError,
         IndexError,
+        MemoryError,
+        RecursionError,
     ) as error:
         raise InputError(f"source={path} is not the CIFAR-10 Python archive, or is damaged ({error})") from None
     images = np.concatenate(pixels)
@@ -140,8 +150,11 @@ def cifar_source(path: Path) -> Source:
     return Source(path.name, names, lambda index: Image.fromarray(images[index]), labels, CIFAR_CLASSES)
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads plain Python values and numpy arrays, and refuses every other global."""
+class _ArrayUnpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]  # typeshed leaves it out
+    """Reads plain Python values and numpy arrays, and refuses every other global.
+
+    It is the one in Python: that in C makes room for as many memo entries as a single index in the file says.
+    """
 
     _reconstruct = np.empty(0).__reduce__()[0]
     ALLOWED = {

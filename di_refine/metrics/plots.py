@@ -1,14 +1,15 @@
 """Metrics over the course of a run, from what its directory records. Drawing needs matplotlib, in the extra `plots`."""
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from di_refine.errors import InputError
 from di_refine.files.run_files import RunFiles, snapshot_kimg
+from torch_utils import safe_files
 from torch_utils.misc import open_atomic
 
+MAX_BYTES = 1 << 28  # of a file of one JSON object per line
 Points = dict[float, list[float]]  # kimg -> values, several where a snapshot was measured with several seeds
 
 
@@ -104,13 +105,18 @@ def plot_runs(path: str | os.PathLike, runs: Sequence[Path], metrics: Iterable[s
 
 def _lines(path: Path) -> Iterable[dict]:
     """Yield the JSON objects of a file, line by line; none when there is no such file."""
-    if not path.is_file():
+    if not path.exists():
         return
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        with safe_files.open_regular(path, MAX_BYTES) as file:
+            lines = file.read().splitlines()
+    except OSError as error:
+        raise InputError(f"`plot`: {path} cannot be read ({error.strerror})") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = safe_files.parse_json(line)
         except ValueError:
             record = None
         if not isinstance(record, dict):

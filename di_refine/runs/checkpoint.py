@@ -76,8 +76,10 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # its text advises to load the file without the check
         raise CheckpointError(f"{path} is no training state (it holds more than tensors and plain values)") from None
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
+    except Exception as error:  # torch, too, raises a dozen kinds of them
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "weights_only" in reason:  # the same advice
+            reason = "it is a program"
         raise CheckpointError(f"{path} is no training state ({reason})") from None
 
 

@@ -1,8 +1,10 @@
 """Pictures, data sets and arrays that are programs for others, or that unpack to far more than their files."""
 
+import gzip
 import io
 import json
 import struct
+import tarfile
 import zipfile
 import zlib
 
@@ -127,6 +129,27 @@ def false_shape(folder):
     return _measure(folder / "x.npz")
 
 
+def _cifar(folder, content):
+    """An archive whose first member has this content."""
+    with gzip.open(folder / "x.tar.gz", "wb") as packed:
+        head = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
+        head.size = sum(map(len, content))
+        packed.write(head.tobuf())
+        for block in content:
+            packed.write(block)
+    return ["dataset_tool.py", f"--source={folder / 'x.tar.gz'}", f"--dest={folder / 'out.zip'}"]
+
+
+def cifar_of_zeros(folder):
+    """An archive of 2 GB, packed a thousandfold."""
+    return _cifar(folder, [bytes(1 << 20)] * (1 << 11))
+
+
+def cifar_with_a_far_memo(folder):
+    """A pickle with an entry in its memo of number 2^31, for which the C unpickler would clear 32 GB."""
+    return _cifar(folder, [b"\x80\x02Nr\xff\xff\xff\x7f.".ljust(512, b"\0")])
+
+
 def inflating_state(folder):
     """A training state of 1 GB, packed a thousandfold."""
     (folder / "training_options.json").write_text(json.dumps({"command": "refine"}))
@@ -149,6 +172,8 @@ CASES = [
         inflating_features,
         inflating_pixels,
         false_shape,
+        cifar_of_zeros,
+        cifar_with_a_far_memo,
         inflating_state,
     )
 ] + [("pictures-large_at_once", large_at_once, 60, 2000), ("pictures-large_reference", large_reference, 60, 2000)]
