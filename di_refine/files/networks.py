@@ -108,7 +108,8 @@ def _check_room(net: Any, path: str | os.PathLike, setting: str) -> None:
     layers = re.compile(rf".*\b(b{size}\.|{size}x{size}_).*")
     weights = [p for name, p in net.named_parameters() if p.ndim == 4 and layers.fullmatch(name)]
     width = max((max(weight.shape[:2]) for weight in weights), default=0)
-    needed, there = 4 * size**2 * (channels + 2 * width), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = 4 * size**2 * (channels + 2 * width)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 35
     if needed > there / 2:
         raise InputError(
             f"`{setting}`: one picture of {path}, {size}x{size} with {channels} channel(s), takes {needed / 2**30:.3g} "
