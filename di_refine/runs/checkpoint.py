@@ -73,7 +73,9 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
     """
     _check(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        _check_tensors(state)
+        return state
     except pickle.UnpicklingError:  # its text advises to load the file without the check
         raise CheckpointError(f"{path} is no training state (it holds more than tensors and plain values)") from None
     except Exception as error:  # torch, too, raises a dozen kinds of them
@@ -81,6 +83,20 @@ def load(path: str | os.PathLike) -> dict[str, Any]:
         if "weights_only" in reason:  # the same advice
             reason = "it is a program"
         raise CheckpointError(f"{path} is no training state ({reason})") from None
+
+
+def _check_tensors(state: Any) -> None:
+    """Raise ValueError for a tensor that is no plain one, or has more elements than are stored of it."""
+    pending, seen = [state], set()
+    while pending:
+        item = pending.pop()
+        if isinstance(item, torch.Tensor):
+            plain = item.layout == torch.strided and not item.is_meta
+            if not plain or item.numel() * item.element_size() > item.untyped_storage().nbytes():
+                raise ValueError(f"a tensor of shape {list(item.shape)} of which less is stored")
+        elif isinstance(item, (dict, list, tuple)) and id(item) not in seen:
+            seen.add(id(item))
+            pending += item.values() if isinstance(item, dict) else item
 
 
 def _check(path: str | os.PathLike) -> None:

@@ -158,6 +158,16 @@ def inflating_state(folder):
     return ["refine.py", GENERATOR, f"--outdir={folder}", f"--resume={folder}", "--metrics=none"]
 
 
+def expanded_state(folder):
+    """A training state with tensors of 4 TB, of which four bytes are stored."""
+    import torch
+
+    (folder / "training_options.json").write_text(json.dumps({"command": "refine"}))
+    large = torch.zeros(1).expand(1_000_000, 1_000_000)
+    torch.save({"trainer": {"generator": large}, "loop": {"nimg": large}}, folder / "training-state-000001.pt")
+    return ["refine.py", GENERATOR, f"--outdir={folder}", f"--resume={folder}", "--metrics=none"]
+
+
 CASES = [
     (f"pictures-{case.__name__}", case, SECONDS, MEBIBYTES)
     for case in (
@@ -175,5 +185,6 @@ CASES = [
         cifar_of_zeros,
         cifar_with_a_far_memo,
         inflating_state,
+        expanded_state,
     )
 ] + [("pictures-large_at_once", large_at_once, 60, 2000), ("pictures-large_reference", large_reference, 60, 2000)]

@@ -202,3 +202,24 @@ checkpoint.save({str(path)!r}, {{str(i): torch.zeros(10_000) for i in range(10)}
     assert checkpoint.load(path) == {"kimg": 1}
     (left,) = (entry for entry in tmp_path.iterdir() if entry != path)
     assert left.name.startswith(".training-state-000001.pt.") and left.stat().st_size > 40_000
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(1).expand(9, 9), torch.zeros(3, 3).to_sparse()])
+def test_tensors_of_which_less_is_stored_are_refused(tmp_path, tensor):
+    checkpoint.save(tmp_path / "a.pt", {"a": [{"b": tensor}]})
+    with pytest.raises(
+        checkpoint.CheckpointError, match="a tensor of shape .* of which less is stored|no training state"
+    ):
+        checkpoint.load(tmp_path / "a.pt")
+
+
+def test_packed_entries_are_refused(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", {"a": torch.zeros(1 << 16)})
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as plain,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as b,
+    ):
+        for name in plain.namelist():
+            b.writestr(name, plain.read(name))
+    with pytest.raises(checkpoint.CheckpointError, match="is damaged"):
+        checkpoint.load(tmp_path / "b.pt")
