@@ -21,7 +21,7 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, str):
         return _SECRET.sub(r"\1***", _USER.sub("***", value))
     if isinstance(value, dict):
-        return {key: without_secrets(item) for key, item in value.items()}
+        return {without_secrets(key): without_secrets(item) for key, item in value.items()}
     return type(value)(map(without_secrets, value)) if type(value) in (list, tuple) else value
 
 
@@ -39,7 +39,7 @@ def clean(text: object) -> str:
 
 def show(text: object, err: bool = False) -> None:
     """Write a text of one or several lines, cleaned, on stdout or stderr."""
-    print(clean(text), file=sys.stderr if err else sys.stdout, flush=True)
+    print(clean(text), file=sys.stderr if err else sys.stdout, flush=err)
 
 
 def say(sentence: object) -> str:

@@ -18,6 +18,7 @@ _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 JSON_BYTES = 1 << 24  # of a JSON text with no bound of its own; its values take up to 16 times the memory
 JSON_CONTAINERS = 500_000  # lists and objects in it
+NETWORK_BYTES = 1 << 33  # the largest published network of the kinds read here has 3 GB
 SAFETENSORS_HEADER = 1 << 22  # bytes; that of a network with 10,000 tensors has 1 MB
 
 
@@ -108,8 +109,8 @@ def parse_json(text: bytes, containers: int = JSON_CONTAINERS, **hooks: Any) -> 
 
 
 def check_safetensors(path: str | os.PathLike) -> None:
-    """Raise OSError unless a file is a regular one whose safetensors header has a size that honest ones have."""
-    with open_regular(path) as file:
+    """Raise OSError unless a file is a regular one of a size that networks have, and so is its safetensors header."""
+    with open_regular(path, NETWORK_BYTES) as file:
         header = int.from_bytes(file.read(8), "little")
     if header > SAFETENSORS_HEADER:
         most = f"more than the {SAFETENSORS_HEADER} there may be"

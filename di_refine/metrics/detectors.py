@@ -225,7 +225,7 @@ def _is_torchscript(path: Path) -> bool:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with safe_files.open_regular(path) as file:
+    with safe_files.open_regular(path, safe_files.NETWORK_BYTES) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

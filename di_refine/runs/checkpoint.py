@@ -19,6 +19,7 @@ from di_refine.errors import InputError, RunError
 from di_refine.files.run_files import RunFiles
 from torch_utils import misc, safe_files
 
+MAX_BYTES = 1 << 36  # of a training state
 _FOLDER = 0x10  # the attribute by which an archive marks an entry as a folder
 
 
@@ -106,7 +107,7 @@ def _check(path: str | os.PathLike) -> None:
     exception: of an entry that is marked as a folder it reads nothing, and leaves in the tensor what was in memory.
     """
     try:
-        file = safe_files.open_regular(path)
+        file = safe_files.open_regular(path, MAX_BYTES)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
     try:

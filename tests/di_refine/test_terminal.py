@@ -16,7 +16,7 @@ from di_refine import terminal
 )
 def test_secrets_in_addresses_are_not_shown(text, shown):
     assert terminal.clean(text) == shown
-    assert terminal.without_secrets({"a": [text, 1], "b": (None,)}) == {"a": [shown, 1], "b": (None,)}
+    assert terminal.without_secrets({text: [text, 1], "b": (None,)}) == {shown: [shown, 1], "b": (None,)}
 
 
 def test_control_characters_are_spelled():

@@ -141,6 +141,25 @@ def many_sigmas(folder):
     return _generate(folder / "x.pkl")
 
 
+def much_inspected(folder):
+    """As many small values as a pickle may have."""
+    return _inspect(_dump(folder, {f"k{index}": [] for index in range(220_000)}))
+
+
+def holes(folder):
+    """A terabyte of holes, which the header says is a tensor."""
+    header = json.dumps({"a": {"dtype": "U8", "shape": [1 << 40], "data_offsets": [0, 1 << 40]}}).encode()
+    with open(folder / "x.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (1 << 40))
+    return [
+        "calc_metrics.py",
+        f"--network={SHIPPED / 'stylegan2-digits.pkl'}",
+        f"--detector={folder / 'x.safetensors'}",
+        "--metrics=is1k@x",
+    ]
+
+
 # Pickles of TensorFlow.
 
 
@@ -236,6 +255,8 @@ CASES = [
         giant_teacher,
         iddpm_levels,
         many_sigmas,
+        much_inspected,
+        holes,
         one_array,
         one_array_inspected,
         components,

@@ -17,7 +17,7 @@ from typing import IO, Any, TypeVar
 
 import torch
 
-from torch_utils import misc
+from torch_utils import misc, safe_files
 from torch_utils.persistence import builder, reader, writer
 from torch_utils.persistence.builder import Blueprint, blueprint
 from torch_utils.persistence.machine import NetworkFormatError, Opaque, Unknown, printable
@@ -59,7 +59,6 @@ _NETWORK_KEYS = {"G", "D", "G_ema", "ema", "net", "Sg"}
 _TENSORFLOW_KEYS = ("G", "D", "G_ema")
 _MAX_NOTE = 200  # characters of what is wrong with a part that is not needed
 _MAX_LEFT_OUT = 4  # parts that are not needed and that `save` could not write
-_MAX_FILE = 2**33  # bytes; the largest published network of these families has 1.2 GB
 
 _classes: dict[str, list[type]] = {}
 _module_texts: dict[type, str | None] = {}
@@ -226,7 +225,7 @@ def _check_outline(file: IO[bytes]) -> None:
     file.seek(max(size - 1, 0))
     reader.check_outline(head, file.read(1))
     file.seek(0)
-    if size > _MAX_FILE:
+    if size > safe_files.NETWORK_BYTES:
         raise NetworkFormatError(f"{size / 1e9:.0f} GB, far more than any network of a supported kind has")
 
 
