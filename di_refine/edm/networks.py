@@ -889,7 +889,7 @@ class iDDPMPrecond(_Precond):
         img_resolution, img_channels, label_dim: image size, colour channels, class-label entries (0: unconditional).
         use_fp16: run the U-Net in half precision on CUDA.
         C_1, C_2: constants of the schedule.
-        M: number of noise levels, up to 10,000; `u` holds them in falling order, u[M] being 0.
+        M: number of noise levels; `u` holds them in falling order, u[M] being 0.
         model_type: 'DhariwalUNet' or 'SongUNet'.
         model_kwargs: further arguments of that class.
     """
@@ -912,8 +912,6 @@ class iDDPMPrecond(_Precond):
         self.C_1 = C_1
         self.C_2 = C_2
         self.M = M
-        if not 0 < M <= 10_000:  # published are up to 4,000; each level follows from the one before, one at a time
-            raise ValueError(f"M must be between 1 and 10000 noise levels, not {M}")
         # In float32 throughout, the sines by torch: published weights hold a table made like this, errors included.
         step = torch.arange(M + 1, device="cpu")
         alpha_bar = (0.5 * np.pi * step / M / (C_2 + 1)).sin() ** 2

@@ -53,6 +53,7 @@ _PROVIDERS = (
     "stylegan2_ada.flavours",
     "stylegan2_ada.tf_legacy",
     "di_refine.edm.networks",
+    "di_refine.edm.checks",
 )
 _AVERAGES = ("G_ema", "ema")
 _NETWORK_KEYS = {"G", "D", "G_ema", "ema", "net", "Sg"}

@@ -298,3 +298,12 @@ def test_source_stands_alone(monkeypatch):
     other = rebuild(net)
     assert type(other.model) is module.SongUNet
     assert torch.equal(other(x, 1.0, labels), expected)
+
+
+def test_a_table_of_noise_levels_has_bounds(tmp_path):
+    net = networks.iDDPMPrecond(8, 1, M=10, model_channels=8, channel_mult=[1], num_blocks=1, attn_resolutions=[])
+    record = persistence.to_records({"ema": net}, "x")["ema"]
+    record.state["_init_kwargs"] = {**record.init_kwargs, "M": 10_001}
+    persistence.save({"ema": record}, tmp_path / "a.pkl")
+    with pytest.raises(persistence.NetworkFormatError, match="M is 10001, and there are at most 10000 noise levels"):
+        persistence.load(tmp_path / "a.pkl")
