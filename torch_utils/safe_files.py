@@ -1,8 +1,8 @@
 """Files that somebody else may have put there: opened only where they are regular files, written only where no link is.
 
 Opening a pipe would wait for a writer for ever, reading a device would never end, and writing through a symbolic link
-would change a file that nobody named. Every reader of a file that a user names opens it here, or has it checked here
-before a library opens it by its name. All failures are `OSError`, whose `strerror` is the end of a sentence.
+would change a file that nobody named. Every reader of a file that a user names opens it here first, also where a
+library then opens it by its name. All failures are `OSError`, whose `strerror` is the end of a sentence.
 """
 
 import errno
@@ -39,11 +39,6 @@ def open_regular(path: str | os.PathLike, most: int | None = None) -> IO[bytes]:
     except BaseException:
         os.close(handle)
         raise
-
-
-def check_regular(path: str | os.PathLike, most: int | None = None) -> None:
-    """Raise the errors of `open_regular`, for a library that opens the file by its name."""
-    _check(os.stat(path), path, most)
 
 
 def open_append(path: str | os.PathLike) -> IO[bytes]:

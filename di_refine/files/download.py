@@ -79,11 +79,11 @@ def _receive(url: str, path: str, name: str) -> None:
     A server that sends a byte now and then never times out, so a thread receives and this one watches its progress.
     """
     outcome: list[Exception] = []
-    received = [0]
+    received, given_up = [0], threading.Event()
 
     def work() -> None:
         try:
-            _transfer(url, path, name, received)
+            _transfer(url, path, name, received, given_up)
         except Exception as error:
             outcome.append(error)
 
@@ -94,12 +94,13 @@ def _receive(url: str, path: str, name: str) -> None:
         elapsed = time.monotonic() - start
         too_slow = elapsed > PATIENCE and received[0] < MIN_RATE * elapsed
         if thread.is_alive() and (too_slow or elapsed > MAX_SECONDS):
+            given_up.set()
             raise DownloadError(f"the server is too slow: {received[0]} bytes in {elapsed:.0f} seconds")
     if outcome:
         raise outcome[0]
 
 
-def _transfer(url: str, path: str, name: str, received: list[int]) -> None:
+def _transfer(url: str, path: str, name: str, received: list[int], given_up: threading.Event) -> None:
     import requests
 
     headers = {"Accept-Encoding": "identity"}  # or the length would be that of the compressed form
@@ -120,6 +121,8 @@ def _transfer(url: str, path: str, name: str, received: list[int]) -> None:
             for block in response.iter_content(1 << 16):
                 if not received[0] and _is_text(block, name):
                     raise DownloadError("the server sends a web page or another text instead of the file")
+                if given_up.is_set():
+                    return
                 received[0] += len(block)
                 if received[0] > MAX_BYTES:
                     _check_room(received[0], path)

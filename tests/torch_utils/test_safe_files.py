@@ -17,7 +17,7 @@ def special(request, tmp_path):
 
 
 def test_only_regular_files_are_read(special):
-    for opened in (safe_files.open_regular, safe_files.check_regular, safe_files.read_json):
+    for opened in (safe_files.open_regular, safe_files.check_safetensors, safe_files.read_json):
         with pytest.raises(OSError, match="not a regular file|a folder"):
             opened(special)
 
