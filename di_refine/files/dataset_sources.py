@@ -108,8 +108,6 @@ def cifar_source(path: Path) -> Source:
     Raises:
         InputError: the file is missing, another one, or damaged.
     """
-    if not path.is_file():
-        raise InputError(f"source={path} does not exist")
     pixels, labels = [], []
     try:
         with safe_files.open_regular(path) as packed:
@@ -130,6 +128,8 @@ def cifar_source(path: Path) -> Source:
                     raise ValueError(f"{member} holds something else than 32x32 RGB images of ten classes")
                 pixels.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
                 labels += numbers
+    except FileNotFoundError:
+        raise InputError(f"source={path} does not exist") from None
     except (
         tarfile.TarError,
         pickle.UnpicklingError,

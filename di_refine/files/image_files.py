@@ -72,7 +72,8 @@ class ImageFiles:
             stored = [(name, name) for name in (file.relative_to(self.path).as_posix() for file in found)]
             self._is_zip = False
         elif not self.path.is_file():
-            raise InputError(f"{setting}={path} does not exist; give a folder or zip file of images")
+            problem = "is no regular file" if self.path.exists() else "does not exist"
+            raise InputError(f"{setting}={path} {problem}; give a folder or zip file of images")
         else:
             self._is_zip = True
             try:
@@ -268,10 +269,10 @@ class ArrayFiles:
     def __init__(self, path: str | os.PathLike, setting: str = "data"):
         self.path = Path(path)
         where = f"{setting}={path}"
-        if not self.path.is_file():
-            raise InputError(f"{where} does not exist")
         try:
             found, others = arrays.read(self.path, ("arr_0", "arr_1"))
+        except FileNotFoundError:
+            raise InputError(f"{where} does not exist") from None
         except arrays.ERRORS as error:
             raise InputError(f"{where} is no file of arrays, or it is damaged ({_reason(error)})") from None
         if "arr_0" not in found:

@@ -130,9 +130,8 @@ def _inception(path: Path, digest: str, device: str | torch.device) -> FeatureNe
         zipfile.BadZipFile,
     ) as error:
         reason = str(error).strip().split("\n")[0]
-        if (
-            isinstance(error, pickle.UnpicklingError) or "weights_only" in reason
-        ):  # whose text advises to load the file without the check
+        # Both have texts that advise to load the file without the check.
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in reason:
             reason = "it holds more than tensors and plain values, or is no file of PyTorch"
         raise InputError(
             f"{path}: not a feature network; expected Inception weights, TorchScript or .safetensors ({reason})"

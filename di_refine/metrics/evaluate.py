@@ -279,7 +279,7 @@ class Evaluator:
             name = spec.detector
             if name not in known:
                 setting = "detector" if name is None else "metrics"
-                known[name] = load_detector(name or INCEPTION_WEIGHTS, self.device, setting)
+                known[name] = load_detector(name or INCEPTION_WEIGHTS, self.device, setting, self._allow_code)
             detectors[name] = known[name]
         if None in detectors and not detectors[None].identity.is_inception:
             raise InputError(

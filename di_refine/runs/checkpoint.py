@@ -56,7 +56,8 @@ def saving(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EISDIR) and os.path.lexists(path):
+        special = os.path.lexists(path) and (os.path.islink(path) or not os.path.isfile(path))
+        if special and error.errno in (errno.ELOOP, errno.EINVAL, errno.ENXIO, errno.EISDIR):
             raise InputError(f"{path} is {error.strerror}; remove it, or name another `outdir`") from None
         full = error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
         remedy = "free some space" if full else f"make {Path(path).parent} writable"

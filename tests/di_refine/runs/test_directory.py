@@ -190,3 +190,36 @@ def test_a_line_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
         run.append_stats({"kimg": 1})
     monkeypatch.undo()
     assert lines(run.path / "stats.jsonl") == [{"kimg": 0}]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in folders here")
+@pytest.mark.parametrize("name", ["log.txt", "stats.jsonl"])
+def test_nothing_is_written_through_links_and_pipes(tmp_path, name):
+    path = start(tmp_path)
+    (path / name).unlink(missing_ok=True)
+    (path / name).symlink_to(tmp_path / "victim")
+    with pytest.raises(InputError, match=f"{name} is a symbolic link, which is not followed; remove it"):
+        write(path)
+    assert not (tmp_path / "victim").exists()
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(InputError, match=f"{name} is not a regular file; remove it"):
+        write(path)
+
+
+def write(path):
+    run = RunDirectory(path)
+    run.lock()
+    try:
+        run.append_stats({"kimg": 0})
+    finally:
+        run.close()
+
+
+def test_no_password_is_recorded(tmp_path):
+    options = {"command": "refine", "network": "https://me:secret@host/x.pkl"}
+    run, _ = open_run(tmp_path, None, "x", options, [])
+    run.close()
+    assert "secret" not in run.files.options.read_text() and "https://***@host/x.pkl" in run.files.options.read_text()
+    again, _ = open_run(run.path, None, "x", options, [])  # compares like with like
+    again.close()
