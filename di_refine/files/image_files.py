@@ -236,7 +236,7 @@ class ImageFiles:
         except zipfile.BadZipFile as error:
             raise InputError(f"{where} is damaged ({_reason(error)}); pack the data set anew") from None
         except ValueError as error:
-            raise InputError(f"{where} holds {error}") from None
+            raise InputError(f"{where} cannot be used: {error}") from None
         if not isinstance(content, dict):
             raise InputError(f'{where} is malformed; expected {{"labels": [["name", 0], ...]}}, not a list or a value')
         return content

@@ -353,3 +353,37 @@ def test_batches_on_a_gpu(dataset):
     images, labels = next(batches(dataset, 4, seed=0, device="cuda"))
     assert images.device.type == labels.device.type == "cuda"
     assert np.array_equal(images.cpu(), dataset.images(sample_order(COUNT, 0, 0, 4)))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in folders here")
+@pytest.mark.parametrize("name", ["a.png", "dataset.json"])
+def test_pipes_in_a_folder_are_not_waited_for(tmp_path, name):
+    Image.new("L", (8, 8)).save(tmp_path / "b.png")
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=rf"cannot read {name} \(not a regular file\)"):
+        ImageDataset(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b" " * (1 << 23), "cannot read dataset.json .* more than the"),
+        (b"[" + b"[]," * 20_000 + b"0]", "dataset.json cannot be used: 20001 lists and objects, more than the 10016"),
+        (b'{"labels": ' + b"[" * 9999, "dataset.json cannot be used: it nests too deeply|is malformed"),
+    ],
+)
+def test_labels_have_bounds(tmp_path, text, reason):
+    picture = io.BytesIO()
+    Image.new("L", (8, 8)).save(picture, "PNG")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", picture.getvalue())
+        archive.writestr("dataset.json", text)
+    with pytest.raises(InputError, match=reason):
+        ImageDataset(tmp_path / "a.zip")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in folders here")
+def test_a_pipe_is_no_data_set(tmp_path):
+    os.mkfifo(tmp_path / "a.zip")
+    with pytest.raises(InputError, match="is no regular file"):
+        ImageDataset(tmp_path / "a.zip")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from di_refine.errors import InputError
 from di_refine.files.datasets import ImageDataset
 from di_refine.metrics.detectors import load_detector
 from di_refine.metrics.evaluate import Evaluator
+from di_refine.metrics.parallel import Ranks
 from di_refine.metrics.references import cache_path, reference_statistics
 from di_refine.metrics.small import SmallConvNet, save_small
 from di_refine.metrics.sources import ImageSampler
@@ -175,3 +177,8 @@ def test_images_are_decoded_ahead(folder, workers):
     assert torch.equal(sampler(0, 20, 0)[0], want[:20])  # what comes after is none of its business
     with pytest.raises(InputError, match="020.png"):
         sampler(20, 20, 0)
+
+
+def test_batches_of_large_pictures_are_smaller():
+    for resolution, batch in ((32, 128), (1024, 128), (4096, 10), (100_000, 1)):
+        assert Ranks.fitting(128, SimpleNamespace(num_channels=3, resolution=resolution)) == batch
