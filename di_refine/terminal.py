@@ -44,7 +44,7 @@ def show(text: object, err: bool = False) -> None:
 
 def say(sentence: object) -> str:
     """Write a sentence as one line on stderr, cleaned, and return what was written."""
-    line = clean(" ".join(str(sentence).split()))
+    line = clean(" ".join(str(sentence).splitlines()))
     show(line, err=True)
     return line
 
