@@ -102,7 +102,8 @@ def test_noise_levels_and_attributes(name):
     with torch.device("meta"):
         net = getattr(networks, meta["precond"])(**meta["init_kwargs"])
     for key, value in meta["attributes"].items():
-        assert getattr(net, key) == value, key
+        expected = pytest.approx(value, rel=1e-6) if isinstance(value, float) else value  # sines differ by processor
+        assert getattr(net, key) == expected, key
     net = load(name)
     for dtype, key in [(torch.float32, "round_sigma_out32"), (torch.float64, "round_sigma_out64")]:
         rounded = net.round_sigma(a["round_sigma_in"].to(dtype))
@@ -110,7 +111,7 @@ def test_noise_levels_and_attributes(name):
         assert torch.equal(rounded, a[key])
     if name == "iddpm":
         assert torch.equal(net.round_sigma(a["round_sigma_in"], return_index=True), a["round_sigma_index"])
-        assert torch.equal(networks.iDDPMPrecond(**meta["init_kwargs"]).u, a["u"])
+        assert_each_close(networks.iDDPMPrecond(**meta["init_kwargs"]).u, a["u"], 1e-6, "noise levels")
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)

@@ -195,7 +195,7 @@ def test_collapsed_sets_are_judged_exactly():
     assert metrics.precision_recall(same, same) == (1.0, 1.0)
     assert metrics.precision_recall(same, other) == (0.0, 0.0)
     assert metrics.density_coverage(same, same) == (10.0, 1.0)
-    assert metrics.kernel_distance(same, same) == pytest.approx(0.0, abs=1e-3)  # of kernel values near 1e18
+    assert metrics.kernel_distance(same, same) == pytest.approx(0.0, abs=1e4)  # of kernel values near 1e18: float64
 
 
 def test_precision_recall_refuses(features):
