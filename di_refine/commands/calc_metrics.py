@@ -313,7 +313,9 @@ def _measure_one(
     evaluator: Evaluator, sampler: Sampler, name: str, seeds: range, shown: bool
 ) -> list[list[MetricResult]]:
     """Return the evaluator's results for each seed."""
-    with terminal.progress(evaluator.num_images * len(seeds), f"measuring {name}", "img", enabled=shown) as bar:
+    with terminal.progress(
+        evaluator.num_images(sampler) * len(seeds), f"measuring {name}", "img", enabled=shown
+    ) as bar:
         return [evaluator(sampler, seed=seed, progress=bar.update) for seed in seeds]
 
 

@@ -18,7 +18,7 @@ class Collector:
 
     Args:
         net: the feature network.
-        specs: the metrics.
+        specs: the metrics, all with a number of images.
 
     Attributes:
         moments: of the features of the first so many images, by their number.

@@ -8,6 +8,9 @@ import torch
 from di_refine.errors import InputError
 from torch_utils.misc import derive_seed
 
+SUBSET = 1000
+"""Images in a subset of a kernel distance, where there are as many."""
+
 _TILE = 2048  # 34 MB of float64 distances at a time, whatever the sets' sizes
 
 
@@ -39,7 +42,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
 
 def kernel_distance(
-    real: np.ndarray, fake: np.ndarray, num_subsets: int = 100, max_subset_size: int = 1000, seed: int = 0
+    real: np.ndarray, fake: np.ndarray, num_subsets: int = 100, max_subset_size: int = SUBSET, seed: int = 0
 ) -> float:
     """Compute the kernel distance: squared MMD with the kernel (x.y / F + 1)^3, unbiased, averaged over subsets.
 

@@ -3,7 +3,8 @@
 import functools
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from di_refine.generators import Sampler
 from di_refine.metrics.collect import Collected, Collector
 from di_refine.metrics.detectors import load_detector
 from di_refine.metrics.feature_net import FeatureNet, Identity
-from di_refine.metrics.kinds import MetricSpec, Needs, parse_metrics
+from di_refine.metrics.distances import SUBSET
+from di_refine.metrics.kinds import ALL_IMAGES, MetricSpec, Needs, parse_metrics
 from di_refine.metrics.parallel import Ranks
 from di_refine.metrics.path_length import Perceptual, has_paths, path_lengths
 from di_refine.metrics.references import (
@@ -102,18 +104,32 @@ class Evaluator:
             for name, source in self._sources.items()
         }
 
-    @property
-    def num_images(self) -> int:
+    def num_images(self, sampler: Sampler) -> int:
         """How many images a measurement takes: one pass for all metrics of images, and two images for each path."""
-        return self._num_in_pass + 2 * self._num_paths
+        specs = self._counted(sampler)
+        return _most(spec for spec in specs if not spec.needs & Needs.PATHS) + 2 * _most(self._of_paths)
 
-    @property
-    def _num_in_pass(self) -> int:
-        return max((spec.num_images for spec in self._of_images), default=0)
+    def _counted(self, sampler: Sampler) -> list[MetricSpec]:
+        """The metrics, those of all images with the number of them.
 
-    @property
-    def _num_paths(self) -> int:
-        return max((spec.num_images for spec in self._of_paths), default=0)
+        Raises:
+            InputError: neither the sampler nor a reference says how many that are.
+        """
+        return [
+            spec if spec.num_images else replace(spec, num_images=self._all_of(spec, sampler)) for spec in self.specs
+        ]
+
+    def _all_of(self, spec: MetricSpec, sampler: Sampler) -> int:
+        counts = [known_about(source).get("count") for source in self._sources.values()]
+        if spec.detector in self._sources:
+            counts.insert(0, known_about(self._sources[spec.detector]).get("count"))
+        found = next((count for count in (sampler.num_images, *counts) if count), None)
+        if found is None:
+            raise InputError(
+                f"`metrics`: {spec.name} takes as many images as the reference has, which no reference says; give a "
+                f"number, as in {spec.kind.form(spec.detector is not None)}"
+            )
+        return found
 
     @property
     def _of_images(self) -> list[MetricSpec]:
@@ -131,11 +147,19 @@ class Evaluator:
         """What a reader of the numbers must know and cannot see from them, a sentence each."""
         found = []
         for spec in self.specs:
-            if not spec.needs & Needs.GAUSSIANS:
+            if not spec.needs & Needs.REFERENCE:
                 continue
             size = self.detectors[spec.detector].identity.feature_dim
             count = known_about(self._sources[spec.detector]).get("count")
-            if spec.num_images <= size:
+            smaller = min(spec.num_images or SUBSET, count or SUBSET)
+            if spec.kind.subsets and smaller < SUBSET:
+                found.append(
+                    f"{spec.name}: its subsets are of {smaller} images instead of {SUBSET:,}; compare only with values "
+                    "from as many images"
+                )
+            if not spec.needs & Needs.GAUSSIANS:
+                continue
+            if 0 < spec.num_images <= size:
                 found.append(
                     f"{spec.name}: {spec.num_images} images leave the covariance of {size} features rank-deficient; "
                     "compare only with values from as many images"
@@ -158,14 +182,16 @@ class Evaluator:
             if not has_paths(sampler):
                 raise _no_paths(self._of_paths[0])
             self.perceptual.check_channels(sampler.num_channels)
-        for spec in self._of_images:
+        for spec in self._counted(sampler):
+            if spec.needs & Needs.PATHS:
+                continue
             net = self.detectors[spec.detector]
             net.check_channels(sampler.num_channels)
             limit = sampler.num_images
             if limit is not None and spec.num_images > limit:
                 raise InputError(
-                    f"{spec.name} needs {spec.num_images} images and there are {limit}; "
-                    + (f"measure at most {limit // 1000}k" if limit >= 1000 else "make more")
+                    f"{spec.name} needs {spec.num_images} images and there are {limit}; make more, or measure all that "
+                    f"there are with {spec.kind.name}{ALL_IMAGES}{f'@{spec.detector}' if spec.detector else ''}"
                 )
             if spec.needs & Needs.CLASSES and sampler.label_dim != net.identity.num_classes:
                 raise InputError(
@@ -206,9 +232,13 @@ class Evaluator:
         self.check(sampler)
         self.prepare()
         start = time.monotonic()
-        ranks = Ranks(self.distributed)
-        collectors = {name: Collector(net, self._specs_of(name)) for name, net in self.detectors.items()}
-        for indices in ranks.batches(self._num_in_pass, ranks.fitting(self.batch, sampler)):
+        ranks, specs = Ranks(self.distributed), self._counted(sampler)
+        of_images = [spec for spec in specs if not spec.needs & Needs.PATHS]
+        collectors = {
+            name: Collector(net, [spec for spec in of_images if spec.detector == name])
+            for name, net in self.detectors.items()
+        }
+        for indices in ranks.batches(_most(of_images), ranks.fitting(self.batch, sampler)):
             images, labels = sampler(indices.start, len(indices), seed)
             for collector in collectors.values():
                 collector.append(indices.start, images, labels)
@@ -220,8 +250,7 @@ class Evaluator:
         device = torch.device("cpu") if self.device.type == "mps" else self.device  # mps has no float64
         values: list[float | tuple[float, ...]] = ranks.on_first(
             lambda: [
-                spec.kind.measure(Collected(spec, collectors, self.references, lengths, seed, device))
-                for spec in self.specs
+                spec.kind.measure(Collected(spec, collectors, self.references, lengths, seed, device)) for spec in specs
             ]
         )
         seconds = time.monotonic() - start
@@ -238,7 +267,7 @@ class Evaluator:
                 seconds=seconds,
                 num_gpus=ranks.size,
             )
-            for spec, value in zip(self.specs, values)
+            for spec, value in zip(specs, values)
         ]
 
     def _load_perceptual(self, given: str | os.PathLike | None) -> Perceptual | None:
@@ -333,7 +362,7 @@ class Evaluator:
         if not has_paths(sampler):
             raise _no_paths(self._of_paths[0])
         mine = []
-        for indices in ranks.batches(self._num_paths, PATH_BATCH):
+        for indices in ranks.batches(_most(self._of_paths), PATH_BATCH):
             mine.append(path_lengths(sampler, self.perceptual, indices.start, len(indices), seed))
             if progress is not None:
                 progress(2 * len(indices))
@@ -349,6 +378,11 @@ class Evaluator:
             return {}
         statistics = self.references[spec.detector]
         return {**statistics.identity, "count": statistics.count}
+
+
+def _most(specs: Iterable[MetricSpec]) -> int:
+    """The largest number of images that metrics whose numbers are known ask for; 0 without metrics."""
+    return max((spec.num_images for spec in specs), default=0)
 
 
 def _no_paths(spec: MetricSpec) -> InputError:

@@ -86,6 +86,7 @@ class Kind:
             are needed.
         elsewhere: the kind to use instead with any other network; None where this one is used with those as well.
         alias: a name in the StyleGAN family for 50,000 images.
+        subsets: whether it averages over subsets of a fixed size, which depend on the number of images below that.
     """
 
     name: str
@@ -98,10 +99,18 @@ class Kind:
     alone: bool = True
     elsewhere: str | None = None
     alias: str | None = None
+    subsets: bool = False
 
     def form(self, network: bool) -> str:
         """Return what its metrics' names look like, with or without a network's name."""
         return f"{self.name}<N>k{self.tail}{'@<net>' if network else ''}"
+
+    @property
+    def counted_tail(self) -> str:
+        """What follows the number in the name of a metric of single images, not thousands: in pr437_3_full `_3_full`,
+        since 4373 would be another number.
+        """
+        return f"_{self.tail}" if self.tail[:1].isdigit() else self.tail
 
     @property
     def forms(self) -> list[str]:
@@ -155,9 +164,9 @@ KINDS = {
     kind.name: kind
     for kind in (
         Kind("fid", "Frechet Inception distance", Needs.GAUSSIANS, _frechet, "_full", elsewhere="fd"),
-        Kind("kid", "kernel Inception distance", Needs.FEATURES, _kernel, "_full", elsewhere="kd"),
+        Kind("kid", "kernel Inception distance", Needs.FEATURES, _kernel, "_full", elsewhere="kd", subsets=True),
         Kind("fd", "Frechet distance", Needs.GAUSSIANS, _frechet, "_full", alone=False),
-        Kind("kd", "kernel distance", Needs.FEATURES, _kernel, "_full", alone=False),
+        Kind("kd", "kernel distance", Needs.FEATURES, _kernel, "_full", alone=False, subsets=True),
         Kind(
             "is",
             "Inception score, mean and standard deviation",
@@ -209,13 +218,17 @@ def _forms() -> str:
     inception = _listed([kind.form(False) for kind in of_images if kind.alone])
     others = _listed([kind.form(True) for kind in of_images if kind.elsewhere is None])
     paths = _listed([name for name in of_paths if name is not None])
-    return f"{inception} with the 2015 Inception; {others} with any other; {paths} with a perceptual network"
+    return (
+        f"{inception} with the 2015 Inception; {others} with any other; {paths} with a perceptual network; <N> without "
+        f"k counts single images, as in fd437_full@net, and {ALL_IMAGES} in its place takes all, as in fd_all@net"
+    )
 
 
 def _listed(names: list[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
+ALL_IMAGES = "_all"
 FORMS = _forms()
 
 
@@ -226,7 +239,8 @@ class MetricSpec:
     Attributes:
         name: the name as it was given.
         kind: what it asks for.
-        num_images: how many generated images it is measured on, or how many paths.
+        num_images: how many generated images it is measured on, or how many paths; 0 for all that there are, or of a
+            source without a limit as many as the reference has.
         detector: name of the feature network; None for the 2015 Inception, and for path lengths for LPIPS.
     """
 
@@ -261,13 +275,15 @@ def parse_metric(name: str) -> MetricSpec:
     for known in KINDS.values():
         if known.alias is not None:
             counted = re.sub(f"^{known.alias}(@|$)", rf"{known.name}50k{known.tail}\1", counted)
-    match = re.fullmatch(r"([a-z]+)([0-9]{1,6})k([a-z0-9_]*)(?:@([A-Za-z0-9._-]+))?", counted)
+    match = re.fullmatch(r"([a-z]+?)(?:(_all)|([0-9]{1,9})(k?)([a-z0-9_]*))(?:@([A-Za-z0-9._-]+))?", counted)
     kind = KINDS.get(match[1]) if match else None
-    if match is None or kind is None or match[3] != kind.tail:
+    if match is None or kind is None or not match[2] and match[5] != (kind.tail if match[4] else kind.counted_tail):
         raise InputError(f"`metrics`: unknown metric {name!r}; known are {FORMS}")
-    thousands, detector = int(match[2]), match[4]
-    if thousands < 1:
-        raise InputError(f"`metrics`: {name!r} asks for no images; the number counts thousands, as in {kind.name}2k")
+    num_images, detector = 0 if match[2] else int(match[3]) * (1000 if match[4] else 1), match[6]
+    if match[2] and kind.needs & Needs.PATHS:
+        raise InputError(f"`metrics`: there is no end of paths, so {name!r} needs a number, as in {kind.form(False)}")
+    if num_images < 2 and not match[2]:
+        raise InputError(f"`metrics`: {name!r} asks for {num_images or 'no'} images, and takes at least 2")
     if detector is None and not kind.alone:
         raise InputError(f"`metrics`: {name!r} must name its feature network, as in {name}@digits")
     if detector is not None and kind.elsewhere is not None:
@@ -275,7 +291,7 @@ def parse_metric(name: str) -> MetricSpec:
             f"`metrics`: {kind.name} belongs to the 2015 Inception network; with another one write "
             f"{kind.elsewhere}{name.removeprefix(kind.name)}"
         )
-    return MetricSpec(name, kind, 1000 * thousands, detector)
+    return MetricSpec(name, kind, num_images, detector)
 
 
 def parse_metrics(names: str | Iterable[str]) -> list[MetricSpec]:

@@ -427,7 +427,7 @@ def measure(
         stopping.Interrupted: inside a loop, when a signal asks it to stop.
     """
 
-    total = evaluator.num_images
+    total = evaluator.num_images(sampler)
 
     def progress(count: int) -> None:  # of this process; the others are about as far
         bar.update(min(count * distributed.world_size(), total - bar.count))

@@ -96,6 +96,31 @@ def test_all_metrics_in_one_pass(folder, evaluator):
     assert results[-1].reference == {}
 
 
+def test_any_number_of_images(folder, evaluator):
+    net = load_detector(folder / "toy.safetensors")
+    some = Evaluator(
+        "fd437_full@toy,fd_all@toy,acc_all@toy,kd99_full@toy", reference=folder / "stats.npz", detector=net
+    )
+    reference = FeatureStatistics.load(folder / "stats.npz")
+    features = net(Sampler()(0, 437, seed=0)[0])[0].numpy()
+    expected = {
+        count: metrics.frechet_distance(reference.mu, reference.sigma, *metrics.moments(features[:count]))
+        for count in (60, 437)
+    }
+    # Of a generator, which has no end, as many as the reference has.
+    results = some(Sampler())
+    assert [result.num_images for result in results] == [437, 60, 60, 99] and some.num_images(Sampler()) == 437
+    assert results[0].value == pytest.approx(expected[437], rel=1e-5)
+    assert results[1].value == pytest.approx(expected[60], rel=1e-5)
+    assert "kd99_full@toy: its subsets are of 60 images instead of 1,000" in "".join(some.warnings)
+    finite = Sampler()
+    finite.num_images = 437
+    assert some(finite)[1].num_images == 437
+    nowhere = Evaluator("acc_all@toy", detector=net)
+    with pytest.raises(InputError, match="acc_all@toy takes as many images as the reference has, which no reference"):
+        nowhere(Sampler())
+
+
 def test_batch_size_does_not_matter(folder, evaluator):
     other = copy.copy(evaluator)
     other.batch = 333
@@ -179,7 +204,7 @@ except InputError as error:
 
 
 def test_rank_deficiency_is_said(folder, evaluator):
-    assert evaluator.warnings == []
+    assert [warning.split(":")[0] for warning in evaluator.warnings] == ["kd1k_full@toy"]
     identity = Identity("wide", "0" * 16, 16, "internal", 2048, None)
 
     class Wide(torch.nn.Module):
@@ -242,6 +267,10 @@ def test_names():
         assert spec.result_keys == (name,) and not spec.higher_is_better
     spec = parse_metric("kd5k_full@my-net_2.0")
     assert (spec.kind.name, spec.num_images, spec.detector) == ("kd", 5000, "my-net_2.0")
+    for name, kind, count in [("fd437_full@a", "fd", 437), ("pr437_3_full", "pr", 437), ("acc12@a", "acc", 12)]:
+        assert (parse_metric(name).kind.name, parse_metric(name).num_images) == (kind, count)
+    for name in ("fd_all@a", "fid_all", "pr_all", "is_all", "acc_all@a"):
+        assert parse_metric(name).num_images == 0 and parse_metric(name).kind.name == name.partition("_")[0]
     assert [spec.name for spec in parse_metrics("is2k, fid2k_full,is2k,")] == ["is2k", "fid2k_full"]
     assert {name for name, kind in KINDS.items() if kind.higher_is_better} == {"is", "pr", "dc", "acc"}
 
@@ -267,7 +296,11 @@ print(sorted(name for name in metrics.__all__ if not callable(getattr(metrics, n
     [
         ("fid", "unknown metric 'fid'; known are fid<N>k_full"),
         ("fid50k", "unknown metric"),
-        ("fid2000_full", "unknown metric"),
+        ("fid2000full", "unknown metric"),
+        ("fd_all_full@a", "unknown metric"),
+        ("pr4373_full", "unknown metric"),
+        ("ppl_all", "no end of paths"),
+        ("fd1_full@a", "asks for 1 images, and takes at least 2"),
         ("pr50k_full", "unknown metric"),
         ("ppl50k_full", "unknown metric"),
         ("ppl2_zend", "unknown metric"),
@@ -342,7 +375,11 @@ def test_references_are_made_after_the_checks(folder, monkeypatch):
 
 def test_samplers_are_checked(folder, evaluator):
     for attribute, value, words in [
-        ("num_images", 1999, "fd2k_full@toy needs 2000 images and there are 1999; measure at most 1k"),
+        (
+            "num_images",
+            1999,
+            "fd2k_full@toy needs 2000 images and there are 1999; make more, or measure all .* with fd_all@toy",
+        ),
         ("num_images", 12, "there are 12; make more"),
         ("num_channels", 3, "toy takes images with 1 channel"),
         ("resolution", 32, "resolution 16, these have 32"),

@@ -86,7 +86,7 @@ def test_metric(lpips, generator):
     evaluator, seen = Evaluator("ppl1k_wend", perceptual=lpips, allow_code=True), []
     sampler = GeneratorSampler(StyleGAN2Generator(generator))
     (result,) = evaluator(sampler, seed=2, progress=seen.append)
-    assert sum(seen) == evaluator.num_images == 2000
+    assert sum(seen) == evaluator.num_images(sampler) == 2000
     parts = [path_lengths(sampler, evaluator.perceptual, i, min(32, 1000 - i), 2)
              for i in range(0, 1000, 32)]  # fmt: skip
     assert result.value == pytest.approx(perceptual_path_length(np.concatenate(parts)), rel=1e-6)
