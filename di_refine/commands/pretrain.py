@@ -157,6 +157,7 @@ def train(
     net: torch.nn.Module,
     networks: Callable[[], dict[str, Any]],
     status: dict[str, str],
+    dry_run: bool,
 ) -> int:
     """Train, print the JSON result, and return the exit status.
 
@@ -167,6 +168,7 @@ def train(
         net: the average that is the result.
         networks: returns what a snapshot's file holds.
         status: name in the trainer's statistics -> short name, for the status lines.
+        dry_run: check everything and print the record instead.
     """
     from di_refine.commands.training import Session
     from di_refine.files import pictures
@@ -192,9 +194,13 @@ def train(
         picture=picture,
         status=status,
         evaluator=material.evaluator,
+        measured=lambda: [] if material.evaluator is None else [(material.evaluator, sampler(net))],
         seed=seed,
-        data_wait=lambda: material.stream.seconds,
+        stream=material.stream,
     )
+    if dry_run:
+        session.check()
+        return material.print_record()
     directory, state = session.open()
     loop = session.train(directory, state)
     directory.close()
@@ -237,8 +243,6 @@ def teacher(dry_run, device, **values):
         material = load("edm", TEACHER, values, place)
         config, unet = make(TeacherConfig, values), make(UNetConfig, values)
         net = build(unet, **material.shape, augment=config.augment > 0, seed=config.seed)
-        if dry_run:
-            return material.print_record()
         net = net.to(place, memory_format=torch.channels_last)
         trainer = TeacherTrainer(net, material.stream, config, material.loop.total_nimg)
         return train(
@@ -253,6 +257,7 @@ def teacher(dry_run, device, **values):
                 "dataset_kwargs": material.dataset_kwargs,
             },
             status={"loss": "loss", "grad_norm": "|g|"},
+            dry_run=dry_run,
         )
 
 
@@ -277,8 +282,6 @@ def gan(dry_run, device, **values):
         material = load("stylegan2", GAN, values, place)
         config, sizes = make(AdversarialConfig, values), make(GanConfig, values)
         adversarial.check(sizes, config, material.dataset.resolution)
-        if dry_run:
-            return material.print_record()
         trainer = adversarial.build(sizes, config, **material.shape, data=material.stream, device=place)
         return train(
             material,
@@ -293,6 +296,7 @@ def gan(dry_run, device, **values):
                 "augment_pipe": trainer.augment_pipe,
             },
             status={"loss_G": "G", "loss_D": "D", "r1_penalty": "R1", "augment_p": "p"},
+            dry_run=dry_run,
         )
 
 
@@ -303,13 +307,15 @@ def class_probs(material: Material) -> Any:
 
 @main.command()
 @options(FeatureFilesConfig, FeaturesConfig)
+@cli.dry_run_option
 @cli.ops_option
 @cli.device_option
-def features(device, **values):
+def features(dry_run, device, **values):
     """Train a small classifier whose features metrics can use, and measure its statistics of the images."""
     # PyTorch is imported here and not above, so that --help is quick.
     import numpy as np
 
+    from di_refine.commands.training import recorded
     from di_refine.files import registry
     from di_refine.files.datasets import ImageDataset
     from di_refine.metrics.detectors import load_detector
@@ -332,12 +338,18 @@ def features(device, **values):
         test.check_compatible(dataset.resolution, dataset.num_channels, what="data set of --data")
         if test.label_dim > dataset.label_dim:
             raise InputError(f"held_out={files.held_out} has classes that data={files.data} lacks; give both the same")
-    for path in (dest, stats):
-        path.parent.mkdir(parents=True, exist_ok=True)
 
     def images_and_classes(part: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
         return part.decode_all(), part.labels(np.arange(len(part))).argmax(axis=1)
 
+    training, held_out = images_and_classes(dataset), None if test is None else images_and_classes(test)
+    if dry_run:
+        record = {"command": "features", **recorded(files, config), "device": str(place), "images": len(dataset)}
+        terminal.show(json.dumps(record, indent=2), err=True)
+        terminal.print_result(record)
+        return
+    for path in (dest, stats):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with terminal.progress(config.epochs, "training features", "epoch") as bar:
 
         def progress(done, total, loss):
@@ -345,8 +357,8 @@ def features(device, **values):
             bar.update(done - bar.count)
 
         net, result = train_features(
-            *images_and_classes(dataset),
-            held_out=None if test is None else images_and_classes(test),
+            *training,
+            held_out=held_out,
             state=dest.with_suffix(".state.pt") if files.max_minutes else None,
             max_seconds=files.max_minutes and 60 * files.max_minutes,
             device=place,

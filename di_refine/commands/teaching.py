@@ -9,7 +9,11 @@ from di_refine.commands import report
 from di_refine.commands.job import Job, make_trainer
 from di_refine.commands.training import Session
 from di_refine.files import pictures
+from di_refine.files.datasets import Stream
+from di_refine.generators import NetworkSampler
+from di_refine.metrics.evaluate import Evaluator
 from di_refine.runs import memory
+from di_refine.trainer import Trainer
 from torch_utils import distributed
 
 
@@ -17,7 +21,8 @@ def dry_run(job: Job) -> int:
     """Print the record, readably and as the JSON result, with the memory and files that a run needs."""
     if not distributed.is_first():
         return 0
-    trainer, _ = make_trainer(job)
+    trainer, stream = make_trainer(job)
+    _session(job, trainer, stream).check()
     needs: dict[str, float] = {f"{name}_gib": memory.gib(size) for name, size in memory.tensor_sizes(trainer).items()}
     parts = ", ".join(f"{name.removesuffix('_gib')} {size:g} GiB" for name, size in needs.items())
     terminal.say(f"memory per device, besides activations: {parts}")
@@ -54,9 +59,27 @@ def run(job: Job) -> int:
         )
         notes.insert(0, f"--batch-gpu=auto: {images} images per forward pass ({how})")
     trainer, stream = make_trainer(job)
+    session = _session(job, trainer, stream)
+    directory, state = session.open()
+    directory.log(f"run directory: {directory.path}")
+    for note in notes:
+        directory.log(note)
+    loop = session.train(directory, state)
+    report.finish(job, loop, trainer.ema.net, directory)
+    return loop.exit_status
+
+
+def _session(job: Job, trainer: Trainer, stream: Stream | None) -> Session:
     subject = job.subject
     scale = max(1, 32 // subject.file.average.img_resolution)
-    session = Session(
+    final = job.final_evaluator
+
+    def measured() -> list[tuple[Evaluator, NetworkSampler]]:
+        sampler: NetworkSampler = job.sampler(subject.file.average)
+        found = [(evaluator, sampler) for evaluator in (job.evaluator, final) if evaluator is not None]
+        return found if final is None else [*found, (final, job.teacher_sampler())]
+
+    return Session(
         trainer=trainer,
         loop=job.loop,
         run=job.run,
@@ -70,14 +93,8 @@ def run(job: Job) -> int:
         ),
         status={"score_loss": "score", "score_gap": "|Dp-Dq|", "ratio_loss": "ratio", "generator_grad_norm": "|g|"},
         evaluator=job.evaluator,
+        measured=measured,
         seed=job.trainer.seed,
         warmup=job.trainer.warmup_nimg,
-        data_wait=None if stream is None else lambda: stream.seconds,
+        stream=stream,
     )
-    directory, state = session.open()
-    directory.log(f"run directory: {directory.path}")
-    for note in notes:
-        directory.log(note)
-    loop = session.train(directory, state)
-    report.finish(job, loop, trainer.ema.net, directory)
-    return loop.exit_status

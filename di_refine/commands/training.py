@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from di_refine.errors import InputError
+from di_refine.files.datasets import Stream
 from di_refine.generators import NetworkSampler
 from di_refine.metrics.config import MeasureConfig
 from di_refine.metrics.evaluate import Evaluator
 from di_refine.runs.config import LoopConfig, RunConfig
-from di_refine.runs.directory import RunDirectory, open_run
+from di_refine.runs.directory import RunDirectory, check_run, open_run
 from di_refine.runs.loop import Loop, Trainable, measure
 from torch_utils import distributed
 from torch_utils.settings import Settings, declared, may_change
@@ -64,9 +66,10 @@ class Session:
         picture: writes a picture of samples to a path.
         status: name in the trainer's statistics -> short name, for the status lines.
         evaluator: measures at snapshots; None measures nothing.
+        measured: returns everything that will be measured: evaluators, each with a sampler.
         seed: of the measurements.
         warmup: images at the start during which nothing visible changes.
-        data_wait: returns the seconds that the trainer has waited for data.
+        stream: the images that the trainer reads, if it reads any.
     """
 
     trainer: Trainable
@@ -80,18 +83,44 @@ class Session:
     picture: Callable[[Path], None]
     status: dict[str, str]
     evaluator: Evaluator | None
+    measured: Callable[[], list[tuple[Evaluator, NetworkSampler]]]
     seed: int
     warmup: int = 0
-    data_wait: Callable[[], float] | None = None
+    stream: Stream | None = None
+
+    def check(self) -> None:
+        """Refuse what `open` and `train` would refuse, and write nothing.
+
+        Of the data, this reads as much as the first update does: all that fits into memory, else one batch.
+
+        Raises:
+            InputError: as these.
+        """
+        self._check_measured()
+        found = check_run(*self._place())
+        if found is not None:
+            directory, state = found
+            self._loop(directory).restore(state)
+        if self.stream is not None:
+            next(self.stream(self.trainer.nimg))
 
     def open(self) -> tuple[RunDirectory, Path | None]:
         """The run directory, locked, and the training state to continue from, if there is one.
 
         Raises:
-            InputError: as `runs.directory.open_run`.
+            InputError: as `runs.directory.open_run`, or a metric does not suit what is to be measured.
         """
-        changeable = may_change(*self.settings) | FACTS
-        return open_run(self.run.outdir, self.run.resume, self.description, dict(self.record), changeable)
+        self._check_measured()
+        return open_run(*self._place())
+
+    def _check_measured(self) -> None:
+        for evaluator, sampler in self.measured():
+            evaluator.check(sampler)
+
+    def _place(self) -> tuple[str, str | None, str, dict[str, Any], frozenset[str]]:
+        """The arguments of `open_run`."""
+        changeable = frozenset(may_change(*self.settings)) | FACTS
+        return self.run.outdir, self.run.resume, self.description, dict(self.record), changeable
 
     def train(self, directory: RunDirectory, state: Path | None) -> Loop:
         """Train to the end, or until a reason to stop comes up; returns the loop with its snapshots.
@@ -101,12 +130,25 @@ class Session:
             RunError, NotFiniteError: as `Loop`.
         """
 
+        loop = self._loop(directory)
+        try:
+            if state is not None:
+                loop.resume(state)
+            loop()
+        except InputError:
+            if self.trainer.nimg == 0:
+                directory.discard()
+            raise
+        return loop
+
+    def _loop(self, directory: RunDirectory) -> Loop:
         def evaluate(evaluator: Evaluator) -> dict[str, float]:
             # The untouched network and every later average see the same latents, labels and noise.
             snapshot = directory.files.snapshot(self.trainer.nimg).name if self.trainer.nimg else None
             return measure(evaluator, self.sampler(), self.seed, directory, snapshot)
 
-        loop = Loop(
+        stream = self.stream
+        return Loop(
             directory,
             self.trainer,
             self.loop,
@@ -115,10 +157,6 @@ class Session:
             higher_is_better=self.evaluator is not None and self.evaluator.specs[0].higher_is_better,
             picture=self.picture,
             status=self.status,
-            data_wait=self.data_wait,
+            data_wait=None if stream is None else lambda: stream.seconds,
             warmup=self.warmup,
         )
-        if state is not None:
-            loop.resume(state)
-        loop()
-        return loop

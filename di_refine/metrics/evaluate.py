@@ -15,8 +15,8 @@ from di_refine.files.datasets import ImageDataset
 from di_refine.generators import Sampler
 from di_refine.metrics.collect import Collected, Collector
 from di_refine.metrics.detectors import load_detector
-from di_refine.metrics.feature_net import FeatureNet, Identity
 from di_refine.metrics.distances import SUBSET
+from di_refine.metrics.feature_net import FeatureNet, Identity
 from di_refine.metrics.kinds import ALL_IMAGES, MetricSpec, Needs, parse_metrics
 from di_refine.metrics.parallel import Ranks
 from di_refine.metrics.path_length import Perceptual, has_paths, path_lengths

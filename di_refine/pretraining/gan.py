@@ -7,7 +7,7 @@ import torch
 from di_refine.errors import InputError
 from di_refine.pretraining.config import GanConfig
 from stylegan2_ada.adversarial import AdaController, AdversarialTrainer, Data
-from stylegan2_ada.augment import PRESETS, AugmentPipe
+from stylegan2_ada.augment import PRESETS, AugmentPipe, filter_bank
 from stylegan2_ada.config import AdversarialConfig
 from stylegan2_ada.networks import Discriminator, Generator
 from torch_utils import distributed, misc
@@ -26,6 +26,12 @@ def check(sizes: GanConfig, config: AdversarialConfig, resolution: int) -> None:
     """
     if not is_size(resolution):
         raise InputError(f"`data`: StyleGAN2 needs a power of two from 8 on, the images are {resolution} pixels wide")
+    reach = filter_bank().shape[-1] // 2
+    if sizes.augment != "none" and "imgfilter" in PRESETS[sizes.augment] and resolution <= reach:
+        raise InputError(
+            f"augment={sizes.augment} filters images, which needs more than {reach} pixels, and the images are "
+            f"{resolution} pixels wide; use augment=bgc"
+        )
     micro = distributed.micro_batch(config.batch, config.batch_gpu)
     if micro % min(sizes.mbstd_group, micro):
         raise InputError(

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import shutil
 import weakref
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -48,6 +49,7 @@ class RunDirectory:
         self._writer: SummaryWriter | None = None
         self._purge_step: int | None = None
         self._lock: IO[bytes] | None = None
+        self._made: list[Path] = []  # this folder and those above it, as far as they are new
 
     @property
     def path(self) -> Path:
@@ -58,6 +60,7 @@ class RunDirectory:
     def create(cls, outdir: str | os.PathLike, description: str, options: dict[str, Any]) -> "RunDirectory":
         """Make the next free number under `outdir`, locked, and write `training_options.json` there."""
         outdir = Path(outdir)
+        above = [folder for folder in (outdir, *outdir.parents) if not folder.exists()]
         outdir.mkdir(parents=True, exist_ok=True)
         numbers = [int(m[1]) for entry in outdir.iterdir() if (m := re.match(r"(\d{5})(-|$)", entry.name))]
         number = max(numbers, default=-1) + 1
@@ -70,6 +73,7 @@ class RunDirectory:
                     break
             number += 1
         run = cls(path)
+        run._made = [path, *above]
         run.lock()
         run.write_options(options)
         return run
@@ -96,6 +100,16 @@ class RunDirectory:
             pass
         self._lock = handle
         _locks.add(handle)
+
+    def discard(self) -> None:
+        """Remove the folder, and those above it that were made for it, if it is new: nothing came of this run."""
+        self.close()
+        for folder in self._made[:1]:
+            shutil.rmtree(folder, ignore_errors=True)
+        for folder in self._made[1:]:
+            with contextlib.suppress(OSError):  # somebody else's run is in there by now
+                folder.rmdir()
+        self._made = []
 
     def close(self) -> None:
         """Close the event file, if there is one, and give the lock back."""
@@ -241,12 +255,11 @@ def open_run(
     def decide() -> tuple[Path, Path | None]:
         nonlocal run
         warnings: list[str] = []
-        path, state = _existing(Path(outdir), resume, description, options, warnings.append)
+        path, state, changes = _found(outdir, resume, description, options, may_change, warnings.append)
         if path is None:
             run = RunDirectory.create(outdir, description, options)
             return run.path, None
         recorded = _read_options(path) or {}
-        changes = _changes(recorded, options, may_change, path)
         run = RunDirectory(path)
         run.lock()
         for warning in warnings:
@@ -261,6 +274,46 @@ def open_run(
 
     path, state = _on_first(decide)
     return run or RunDirectory(path), state
+
+
+def check_run(
+    outdir: str | os.PathLike,
+    resume: str | os.PathLike | None,
+    description: str,
+    options: dict[str, Any],
+    may_change: Collection[str],
+) -> tuple[RunDirectory, Path] | None:
+    """Refuse what `open_run` would, and write nothing.
+
+    Returns:
+        The run directory and the state that it would continue from; None where it would begin anew.
+    """
+    path, state, _ = _found(outdir, resume, description, terminal.without_secrets(options), may_change, _warn)
+    if path is None:
+        return None
+    run = RunDirectory(path)
+    if run.files.log.exists():
+        run.lock()
+        run.close()
+    return None if state is None else (run, state)
+
+
+def _found(
+    outdir: str | os.PathLike,
+    resume: str | os.PathLike | None,
+    description: str,
+    options: dict[str, Any],
+    may_change: Collection[str],
+    warn: Callable[[str], None],
+) -> tuple[Path | None, Path | None, dict[str, tuple[Any, Any]]]:
+    """Return the run directory to go on with and its state, None where there is none, and the settings that differ.
+
+    Raises:
+        InputError: as `open_run`.
+    """
+    path, state = _existing(Path(outdir), resume, description, options, warn)
+    changes = {} if path is None else _changes(_read_options(path) or {}, options, may_change, path)
+    return path, state, changes
 
 
 def _on_first(function: Callable[[], Any]) -> Any:

@@ -141,15 +141,23 @@ class Loop:
         """The status with which a command that ran this should exit: 130 after SIGINT, else 0."""
         return 130 if self.stopped == "SIGINT" else 0
 
-    def resume(self, path: Path) -> None:
-        """Continue from a training state of this run.
+    def restore(self, path: Path) -> None:
+        """Take over a training state, writing nothing.
 
         Raises:
             InputError: the file is damaged, or a state of other networks.
         """
+        self._restore(checkpoint.load(path), path)
+
+    def resume(self, path: Path) -> None:
+        """Continue from a training state of this run.
+
+        Raises:
+            InputError: as `restore`.
+        """
         self.run.lock()
         try:
-            self._restore(checkpoint.load(path), path)
+            self.restore(path)
         except BaseException:
             self.run.close()
             raise

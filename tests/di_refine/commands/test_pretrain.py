@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -232,6 +233,8 @@ def test_features_with_given_held_out_images_in_two_parts(tmp_path, data):
     command = ["features", f"--data={data}", f"--dest={detector}", f"--stats={stats}", "--epochs=2", "--device=cpu"]
     command += ["--width=4", "--feature-dim=8", "--architecture=residual", "--augment=shift", "--half"]
     command += [f"--held-out={data}", "--max-minutes=1e-9"]
+    planned = report(CliRunner().invoke(main, [*command, "--dry-run"]))
+    assert planned["images"] == 24 and planned["epochs"] == 2 and not list(tmp_path.iterdir())
     first = report(CliRunner().invoke(main, command))
     assert first == {"dest": None, "stats": None, "epochs": 2, "epochs_done": 1} and not detector.exists()
     second = report(CliRunner().invoke(main, command))
@@ -240,8 +243,9 @@ def test_features_with_given_held_out_images_in_two_parts(tmp_path, data):
     unlabelled = tmp_path / "plain"
     unlabelled.mkdir()
     Image.open(data / "00.png").save(unlabelled / "0.png")
-    refused = CliRunner().invoke(main, [*command[:-2], f"--held-out={unlabelled}"])
-    assert refused.exit_code == 2 and f"--held-out={unlabelled} has no labels" in refused.stderr
+    for also in ([], ["--dry-run"]):
+        refused = CliRunner().invoke(main, [*command[:-2], f"--held-out={unlabelled}", *also])
+        assert refused.exit_code == 2 and f"--held-out={unlabelled} has no labels" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -255,13 +259,28 @@ def test_features_with_given_held_out_images_in_two_parts(tmp_path, data):
         (GAN, ["--mbstd-group=3"], ["--mbstd-group=3"]),
         (GAN, ["--resume=nowhere"], ["--resume=nowhere"]),
         (GAN, ["--augment=all"], ["--augment"]),
+        (GAN, ["--augment=bgcfnc"], ["--augment=bgcfnc", "more than 21 pixels", "16"]),
+        (GAN, ["--data=DAMAGED"], ["07.png"]),
+        (TEACHER, ["--data=DAMAGED"], ["07.png"]),
+        (GAN, ["--stop-if-worse=2"], ["--stop-if-worse", "--metrics"]),
+        (TEACHER, ["--metrics=fd12_full@digits", "--ref=SMALL"], ["resolution 8, these have 16"]),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, data, command, options, words):
-    result = pretrain(command, data, tmp_path / "new", *options)
-    assert result.exit_code == 2, result.output
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert all(word in result.stderr for word in words), result.stderr
+    damaged, small = tmp_path / "damaged", tmp_path / "small"
+    shutil.copytree(data, damaged)
+    (damaged / "07.png").write_bytes((damaged / "07.png").read_bytes()[:-100])
+    small.mkdir()
+    for i in range(2):
+        Image.new("L", [8, 8], i).save(small / f"{i}.png")
+    options = [option.replace("DAMAGED", str(damaged)).replace("SMALL", str(small)) for option in options]
+    run = pretrain(command, data, tmp_path / "new" / "runs", *options)
+    dry = pretrain(command, data, tmp_path / "new" / "runs", *options, "--dry-run")
+    for result in (run, dry):
+        assert result.exit_code == 2 and result.stdout == "", result.output
+        assert all(word in result.stderr for word in words), result.stderr
+        assert result.stderr.splitlines()[-1] == run.stderr.splitlines()[-1]
+    assert len(dry.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "new").exists()
 
 
@@ -273,13 +292,13 @@ def test_cond_needs_labels(tmp_path, data):
     assert result.exit_code == 2 and "--cond" in result.stderr
 
 
-if __name__ == "__main__":
-    ranks.main(globals())
-
-
 @pytest.mark.parametrize("command", [TEACHER, GAN])
 def test_classes_without_images_are_said(tmp_path, command):
     data = ROOT / "tests" / "cases" / "labels_from_one"
     result = pretrain(command, data, tmp_path, "--dry-run")
     assert result.exit_code == 0 and f"note: data={data}: no image of class 0 of 3" in result.stderr
     assert "no image of" not in pretrain(command, data, tmp_path, "--dry-run", "--no-cond").stderr
+
+
+if __name__ == "__main__":
+    ranks.main(globals())

@@ -26,6 +26,7 @@ from di_refine.metrics.config import MeasureConfig
 from di_refine.metrics.small import SmallConvNet, save_small
 from di_refine.pretraining.config import FeaturesConfig
 from di_refine.runs.config import LoopConfig, RunConfig
+from di_refine.runs.directory import RunDirectory
 from torch_utils import persistence
 from torch_utils.settings import declared
 
@@ -56,17 +57,21 @@ def options(outdir, **changes):
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
+def write_images(folder, count, size):
+    folder.mkdir()
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 256, [size, size, 3], np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """A finished run with metrics of a toy feature network."""
     folder = tmp_path_factory.mktemp("refine")
     torch.manual_seed(0)
     save_small(SmallConvNet(32, 3, classes=10, width=4, feature_dim=8), folder / "toy.safetensors", "toy")
-    data = folder / "data"
-    data.mkdir()
-    for i in range(20):
-        pixels = np.random.default_rng(i).integers(0, 256, [32, 32, 3], np.uint8)
-        Image.fromarray(pixels).save(data / f"{i}.png")
+    data = write_images(folder / "data", 20, size=32)
     metrics = {
         "metrics": "fd1k_full@toy,acc1k@toy",
         "detector": folder / "toy.safetensors",
@@ -320,12 +325,52 @@ def broken(tmp_path, kind):
 )
 def test_bad_input_is_one_sentence(tmp_path, changes, words):
     changes = {k: broken(tmp_path, v) if v in ("text", "truncated", "forbidden") else v for k, v in changes.items()}
-    outdir = tmp_path / "runs"
+    outdir = tmp_path / "new" / "runs"
     result = refine(*options(outdir, **changes))
     assert result.exit_code == 2, result.output
     assert result.stdout == "" and len(result.stderr.strip().splitlines()) == 1
     assert all(word in result.stderr for word in words), result.stderr
-    assert not outdir.exists()
+    dry = refine(*options(outdir, **changes), "--dry-run")
+    assert (dry.exit_code, dry.stderr) == (2, result.stderr)
+    assert not outdir.parent.exists()
+
+
+def refused_alike(outdir, words, **changes):
+    """A run and its dry run say the same, and nothing is left; returns the sentence."""
+    there = sorted(outdir.rglob("*")) if outdir.exists() else None
+    run, dry = (refine(*options(outdir, **changes), *also) for also in ([], ["--dry-run"]))
+    for result in (run, dry):
+        assert result.exit_code == 2 and result.stdout == "" and words in result.stderr, result.output
+    assert dry.stderr.splitlines()[-1] == run.stderr.splitlines()[-1]
+    assert (sorted(outdir.rglob("*")) if outdir.exists() else None) == there
+
+
+def test_what_shows_late_is_refused_by_the_dry_run_too_and_leaves_no_directory(tmp_path, measured):
+    folder = Path(measured[0]["run_dir"]).parents[1]
+    small = write_images(tmp_path / "small", 8, size=16)
+    known = {"detector": folder / "toy.safetensors", "teacher_steps": 1}
+    # The reference has another size than the generator's images, at snapshots, and at the end alone.
+    for metrics in ({"metrics": "fd12_full@toy"}, {"metrics": "none", "final_metrics": "fd12_full@toy"}):
+        refused_alike(tmp_path / "runs", "resolution 16, these have 32", **known, **metrics, ref=small)
+    # A picture whose header is whole and whose pixels are not.
+    damaged = write_images(tmp_path / "damaged", 8, size=32)
+    (damaged / "3.png").write_bytes((damaged / "3.png").read_bytes()[:-200])
+    changes = {"objective": "f-js", "data": damaged, "class_freq": "1,1,1,1,1,1,1,1,0,0", "metrics": "none"}
+    labels = [[f"{i}.png", [float(c == i) for c in range(10)]] for i in range(8)]
+    (damaged / "dataset.json").write_text(json.dumps({"labels": labels}))
+    refused_alike(tmp_path / "runs", "3.png", **changes)
+    # A run that cannot go on like this, or is going on now.
+    done = json.loads(refine(*options(tmp_path / "runs", kimg=0.012, metrics="none")).stdout.splitlines()[-1])
+    seeded = {"metrics": "none", "resume": done["run_dir"], "seed": 1}
+    refused_alike(tmp_path / "runs", "cannot be continued with --seed=1", **seeded)
+        tmp_path / "runs", "cannot be continued with --seed=1", metrics="none", resume=done["run_dir"], seed=1
+    )
+    torch.save({"trainer": {}, "loop": {}}, Path(done["run_dir"]) / "training-state-000099.pt")
+    refused_alike(tmp_path / "runs", "cannot be continued from", metrics="none", resume=done["run_dir"])
+    busy = RunDirectory(done["run_dir"])
+    busy.lock()
+    refused_alike(tmp_path / "runs", "is in use", metrics="none", resume=done["run_dir"])
+    busy.close()
 
 
 def test_full_disk_ends_with_a_sentence_and_leaves_nothing_half_written(tmp_path):

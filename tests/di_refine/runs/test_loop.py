@@ -282,7 +282,8 @@ def test_a_second_interrupt_quits_at_once(tmp_path, capfd, python_interrupts):
 class Slow:
     """An evaluator that gets a signal in the middle."""
 
-    num_images = 3
+    def num_images(self, sampler):
+        return 3
 
     def __call__(self, sampler, seed, progress):
         for i in range(3):
