@@ -363,8 +363,6 @@ def test_what_shows_late_is_refused_by_the_dry_run_too_and_leaves_no_directory(t
     done = json.loads(refine(*options(tmp_path / "runs", kimg=0.012, metrics="none")).stdout.splitlines()[-1])
     seeded = {"metrics": "none", "resume": done["run_dir"], "seed": 1}
     refused_alike(tmp_path / "runs", "cannot be continued with --seed=1", **seeded)
-        tmp_path / "runs", "cannot be continued with --seed=1", metrics="none", resume=done["run_dir"], seed=1
-    )
     torch.save({"trainer": {}, "loop": {}}, Path(done["run_dir"]) / "training-state-000099.pt")
     refused_alike(tmp_path / "runs", "cannot be continued from", metrics="none", resume=done["run_dir"])
     busy = RunDirectory(done["run_dir"])
