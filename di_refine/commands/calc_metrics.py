@@ -51,9 +51,9 @@ class CalcConfig(Settings):
     )
     metrics: str | None = setting(
         None,
-        "Compute these metrics, separated by commas, as in fd2k_full@digits.",
+        "Compute these metrics, separated by commas, as in fd2k_full@digits; none only draws.",
         group=MEASURING,
-        metavar="LIST",
+        metavar="LIST|none",
         default_text="what the registry recommends",
     )
     data: str | None = setting(
@@ -155,7 +155,7 @@ def main(context, device, **values):
         runs += dict.fromkeys(source.run for source in sources if source.run is not None)
         if config.plot and runs:
             plots.check_matplotlib()
-        _check_outputs(config.plot, config.grid, bool(sources), runs)
+        _check_outputs(config, bool(sources), runs)
         result = _measure(sources, config, device) if sources else {}
         if not distributed.is_first():
             return
@@ -163,7 +163,7 @@ def main(context, device, **values):
             names = [spec.name for spec in parse_metrics(config.metrics)] if config.metrics else []
             Path(config.plot).parent.mkdir(parents=True, exist_ok=True)
             result = {**result, "plot": config.plot, "curves": plots.plot_runs(config.plot, runs, names)}
-        if sources:
+        if result.get("results"):
             terminal.table(*compare.rows(result["results"]))
         terminal.print_result(result)
 
@@ -213,10 +213,13 @@ def _run_directory(folder: str) -> Path:
     return Path(folder)
 
 
-def _check_outputs(plot: str | None, grid: str | None, measuring: bool, runs: Sequence[Path]) -> None:
+def _check_outputs(config: CalcConfig, measuring: bool, runs: Sequence[Path]) -> None:
     """Raise InputError where what is to be written does not suit what was given, or cannot be written."""
+    plot, grid = config.plot, config.grid
     if not measuring and not (plot and runs):
         raise InputError("nothing to measure: give --network or --images, or --run with --plot")
+    if measuring and config.metrics == "none" and not (grid or plot):
+        raise InputError("--metrics=none measures nothing; give --grid to look at the images, or name metrics")
     if plot:
         if not runs:
             raise InputError("--plot draws run directories; give --run, or a run directory as --network")
@@ -239,7 +242,8 @@ def _measure(sources: Sequence[Source], config: CalcConfig, device: str) -> dict
 
     place, shown = cli.pick_device(device), distributed.is_first()
     paths = [source.path for source in sources if source.is_network]
-    specs = parse_metrics(config.metrics if config.metrics is not None else _registered_metrics(paths))
+    wanted = _registered_metrics(paths) if config.metrics is None else config.metrics
+    specs = [] if wanted == "none" else parse_metrics(wanted)
     if config.mirror and not config.data:
         raise InputError("--mirror concerns the images of --data; give --data as well")
     dataset: ImageDataset | None = None
@@ -260,6 +264,8 @@ def _measure(sources: Sequence[Source], config: CalcConfig, device: str) -> dict
         return network_sampler(source.path, config.labels, dataset, device=place, **settings)
 
     samplers = [sampler_of(source) for source in sources]
+    if not specs:
+        return {"results": [], "warnings": [], **_grid(config, sources, samplers)}
     evaluator = Evaluator(
         [spec.name for spec in specs],
         references or None,
@@ -285,11 +291,7 @@ def _measure(sources: Sequence[Source], config: CalcConfig, device: str) -> dict
             _record(source.path, results)
         summaries += [compare.summarise(source.name, list(of_metric)) for of_metric in zip(*results)]
     compare.add_differences(summaries)
-    result: dict[str, Any] = {"results": summaries, "warnings": evaluator.warnings}
-    if shown and config.grid:
-        _save_grid(config.grid, sources, samplers, config.seed)
-        result["grid"] = config.grid
-    return result
+    return {"results": summaries, "warnings": evaluator.warnings, **_grid(config, sources, samplers)}
 
 
 def _registered_metrics(paths: Sequence[Path]) -> list[str]:
@@ -334,19 +336,24 @@ def _record(path: Path, results: Sequence[Sequence[MetricResult]]) -> None:
         terminal.say(f"note: cannot write metric files into {folder} ({error.strerror or error})")
 
 
-def _save_grid(grid: str, sources: Sequence[Source], samplers: Sequence[Sampler], seed: int) -> None:
-    """Write the first pictures of each source, several sources side by side."""
+def _grid(config: CalcConfig, sources: Sequence[Source], samplers: Sequence[Sampler]) -> dict[str, str]:
+    """Write the first pictures of each source, several side by side, if they are asked for; what the result says."""
     from di_refine.files import pictures
+    from torch_utils import distributed
 
+    grid = config.grid
+    if grid is None or not distributed.is_first():
+        return {}
     Path(grid).parent.mkdir(parents=True, exist_ok=True)
     panels = []
     for source, sampler in zip(sources, samplers):
         count = GRID_IMAGES if sampler.num_images is None else min(GRID_IMAGES, sampler.num_images)
-        panels.append((Path(source.name).name, sampler(0, count, seed)[0]))
+        panels.append((Path(source.name).name, sampler(0, count, config.seed)[0]))
     if len(panels) == 1:
         pictures.save_grid(grid, panels[0][1])
     else:
         pictures.save_side_by_side(grid, panels)
+    return {"grid": grid}
 
 
 if __name__ == "__main__":

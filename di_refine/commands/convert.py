@@ -72,7 +72,8 @@ def main(ctx, source, dest, overwrite, refresh_source, key, noise_mode, truncati
 
     from di_refine.files import onnx_export, registry, safetensors_pair
     from di_refine.files.download import sha256_of
-    from di_refine.files.networks import explained, say
+    from di_refine.files.foreign import explained
+    from di_refine.files.networks import say
     from torch_utils import persistence
 
     dest = Path(dest)

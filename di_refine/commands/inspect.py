@@ -26,7 +26,7 @@ def main(network, layers, dump_source):
     """
     # These import PyTorch, which --help must not wait for.
     from di_refine.files import network_report, registry
-    from di_refine.files.networks import explained
+    from di_refine.files.foreign import explained
     from torch_utils import misc
     from torch_utils.persistence import NetworkFormatError
 

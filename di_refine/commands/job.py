@@ -169,7 +169,9 @@ def build(subject: Subject, values: dict[str, Any], sources: dict[str, str], dev
 
     at_snapshots = evaluator(measure.metrics, entry.get("metrics", []))
     recommended = entry.get("final_metrics", []) if measure.metrics != "none" else []
-    at_end = evaluator(measure.final_metrics, recommended) or at_snapshots
+    at_end = evaluator(measure.final_metrics, recommended)
+    if at_end is None and measure.final_metrics != "none":
+        at_end = at_snapshots
     if loop.stop_if_worse and at_snapshots is None:
         raise InputError("`stop_if_worse` goes by the first metric, and there is none; give `metrics`")
     return Job(

@@ -47,7 +47,7 @@ class Material:
         dataset: the images.
         label_dim: classes of the network that is trained.
         stream: the images as trainers want them.
-        evaluator: measures snapshots; None measures nothing.
+        evaluator, final_evaluator: measure snapshots, and the last network; None measures nothing.
     """
 
     kind: str
@@ -61,6 +61,7 @@ class Material:
     label_dim: int
     stream: Stream
     evaluator: Evaluator | None
+    final_evaluator: Evaluator | None
 
     @property
     def shape(self) -> dict[str, int]:
@@ -134,10 +135,13 @@ def load(kind: str, parts: tuple[type[Settings], ...], values: dict[str, Any], d
         note_absent_classes(dataset)
     batch, seed = values["batch"], values["seed"]
     stream = Stream(dataset, batch, seed, device, own.workers, label_dim > 0, as_float=False)
-    evaluator = make_evaluator(measure.metrics, [], measure.ref or dataset, measure, device, own.workers)
+    evaluator, final = (
+        make_evaluator(names, [], measure.ref or dataset, measure, device, own.workers)
+        for names in (measure.metrics, measure.final_metrics)
+    )
     if evaluator is None and loop.stop_if_worse:
         raise InputError("`stop_if_worse` goes by the first metric, and there is none; give `metrics`")
-    return Material(kind, settings, loop, run, measure, seed, device, dataset, label_dim, stream, evaluator)
+    return Material(kind, settings, loop, run, measure, seed, device, dataset, label_dim, stream, evaluator, final)
 
 
 def note_absent_classes(dataset: ImageDataset) -> None:
@@ -172,10 +176,12 @@ def train(
     """
     from di_refine.commands.training import Session
     from di_refine.files import pictures
-    from di_refine.runs.loop import Snapshot
+    from di_refine.runs.loop import Snapshot, measure
     from torch_utils import distributed
 
     dataset, seed = material.dataset, material.seed
+    final = material.final_evaluator
+    evaluators = [evaluator for evaluator in (material.evaluator, final) if evaluator is not None]
     conditional = "-cond" if material.label_dim else ""
 
     def picture(path: Path) -> None:
@@ -194,7 +200,7 @@ def train(
         picture=picture,
         status=status,
         evaluator=material.evaluator,
-        measured=lambda: [] if material.evaluator is None else [(material.evaluator, sampler(net))],
+        measured=lambda: [(evaluator, sampler(net)) for evaluator in evaluators],
         seed=seed,
         stream=material.stream,
     )
@@ -203,8 +209,11 @@ def train(
         return material.print_record()
     directory, state = session.open()
     loop = session.train(directory, state)
-    directory.close()
     last = loop.last or Snapshot(0, None)  # a signal may come before there is any
+    results = dict(last.results)
+    if final is not None and not loop.interrupted:
+        results |= measure(final, sampler(net), seed, directory, None if last.path is None else last.path.name)
+    directory.close()
     result = {
         "run_dir": str(directory.path),
         "snapshot": last.path,
@@ -213,7 +222,7 @@ def train(
         "parameters": sum(p.numel() for p in net.parameters()),
         "images_per_sec": loop.images_per_sec,
         "minutes": loop.train_seconds / 60,
-        **last.results,
+        **results,
     }
     if loop.best is not None:
         result["best_snapshot"] = loop.best.path

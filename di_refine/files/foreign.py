@@ -1,21 +1,54 @@
-"""What a file is that is no network file of ours: found out from its first bytes and the class names in it."""
+"""What a file is that a reader did not expect: found out from its first bytes, and the names in it."""
 
 import os
 import zipfile
 from pathlib import Path
 from typing import Any
 
+from di_refine.files import decoding
 from torch_utils import persistence
 from torch_utils.persistence import NetworkFormatError, Opaque, Record, unknown_in
 
+NETWORK, IMAGES, STATISTICS, DETECTOR = "network", "images", "statistics", "detector"
+"""What readers expect: a network, a folder or archive of images, feature statistics, a feature network."""
+
+_READ_ELSEWHERE = {
+    NETWORK: "a network file, which --network takes",
+    IMAGES: "a file of images, which --data and --images take",
+    STATISTICS: "feature statistics, which --ref takes",
+    DETECTOR: "a feature network, which --detector takes",
+}
+FEATURE_FILES = "di-refine features"
+"""What the metadata of our feature networks' files begin with."""
+
 _NONE = "no command here reads it"
+_ARRAYS = f"arrays of NumPy (.npz) without mu and sigma or arr_0; {_NONE}"
+_CHECKPOINT = f"a torch.save checkpoint; {_NONE}"
+_UNSURE = {(DETECTOR, _CHECKPOINT), (STATISTICS, _ARRAYS), (IMAGES, _ARRAYS)}
+"""Of these the reader knows better what is wrong: Inception's weights are a checkpoint, too, and it lists arrays."""
+
 _OLD_CHECKPOINT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save began with before 1.6
 
 
-def identify(path: str | os.PathLike) -> str | None:
-    """Say what a file or folder is, and which command reads it, or that none does; None where it is not recognised.
+def explained(error: object, path: str | os.PathLike, expected: str = NETWORK) -> str:
+    """What a file is that could not be read, where it is recognised; else the error itself.
+
+    Args:
+        error: what the reader has to say.
+        path: the file.
+        expected: what the reader reads.
+    """
+    what = identify(path, expected)
+    return str(error) if what is None else f"{path} is {what}"
+
+
+def identify(path: str | os.PathLike, expected: str = NETWORK) -> str | None:
+    """Say what a file or folder is, and which option takes it, or that no command does.
 
     Nothing in it is executed, imported or built.
+
+    Returns:
+        None where it is not recognised, or is what was expected.
     """
     path = Path(path)
     try:
@@ -25,9 +58,12 @@ def identify(path: str | os.PathLike) -> str | None:
             return None
         with open(path, "rb") as file:
             head = file.read(1024)
-        return _bytes(path, head) or (_pickle(path) if head[:1] == b"\x80" else None)
+        what = _bytes(path, head) or (_pickle(path) if head[:1] == b"\x80" else None)
     except (OSError, zipfile.BadZipFile, NetworkFormatError):
         return None
+    if what == expected or (expected, what) in _UNSURE:
+        return None
+    return _READ_ELSEWHERE.get(what or "", what)
 
 
 def _folder(path: Path) -> str | None:
@@ -45,9 +81,17 @@ def _bytes(path: Path, head: bytes) -> str | None:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
         if any(name.endswith("/data.pkl") for name in names):
-            return f"a torch.save checkpoint; {_NONE}"
-        return "arrays of NumPy (.npz), no networks" if any(name.endswith(".npy") for name in names) else None
+            return _CHECKPOINT
+        if {"mu.npy", "sigma.npy"} <= set(names):
+            return STATISTICS
+        if "arr_0.npy" in names:
+            return IMAGES
+        if any(name.endswith(".npy") for name in names):
+            return _ARRAYS
+        return IMAGES if any(name.lower().endswith(decoding.EXTENSIONS) for name in names) else None
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+        if FEATURE_FILES.encode() in head:
+            return DETECTOR
         if path.with_suffix(".json").is_file():
             return None  # it may be ours, and what is wrong with it has been said
         return f"safetensors without the JSON that belongs to ours, perhaps of diffusers; {_NONE}"
@@ -74,7 +118,7 @@ def _pickle(path: Path) -> str | None:
         names = [str(name) for name in _layers(synthesis)]
         if names and not any(name.startswith("b") for name in names):  # as StyleGAN2's blocks are called
             return f"a FastGAN generator; {_NONE}"
-    return None
+    return NETWORK
 
 
 def _layers(record: Record) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from di_refine.errors import InputError
-from di_refine.files import arrays, decoding
+from di_refine.files import arrays, decoding, foreign
 from torch_utils import safe_files
 
 MAX_BYTES = 1 << 29  # of one picture's file, unpacked; an uncompressed one of the largest size has as many
@@ -79,7 +79,8 @@ class ImageFiles:
             try:
                 stored = [(entry.filename, _archived_name(entry)) for entry in self._zip().infolist()]
             except (zipfile.BadZipFile, ValueError):
-                raise InputError(f"{setting}={path} is neither a folder nor a zip file, or it is damaged") from None
+                neither = f"{path} is neither a folder nor a zip file, or it is damaged"
+                raise InputError(f"`{setting}`: {foreign.explained(neither, path, foreign.IMAGES)}") from None
         #: How many files, by extension, are no images and were passed over.
         self.skipped: dict[str, int] = {}
         #: Name -> what the file system or the archive calls the file.
@@ -276,9 +277,8 @@ class ArrayFiles:
         except arrays.ERRORS as error:
             raise InputError(f"{where} is no file of arrays, or it is damaged ({_reason(error)})") from None
         if "arr_0" not in found:
-            raise InputError(
-                f"{where} holds no images, which would be in arr_0; it has {', '.join(others[:20]) or 'nothing'}"
-            )
+            problem = f"{path} holds no images, which would be in arr_0; it has {', '.join(others[:20]) or 'nothing'}"
+            raise InputError(f"`{setting}`: {foreign.explained(problem, path, foreign.IMAGES)}")
         pixels = found["arr_0"]
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] not in (1, 3, 4) or pixels.size == 0:
             raise InputError(
@@ -331,7 +331,8 @@ def open_files(path: str | os.PathLike, setting: str = "data") -> ImageFiles | A
         return ArrayFiles(path, setting)
     files = ImageFiles(path, setting)
     if not files.image_names:
-        raise InputError("; ".join([f"{setting}={path} holds no images", *files.notes()]))
+        problem = "; ".join([f"{path} holds no images", *files.notes()])
+        raise InputError(f"`{setting}`: {foreign.explained(problem, path, foreign.IMAGES)}")
     return files
 
 

@@ -77,7 +77,7 @@ def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
     try:
         networks = safetensors_pair.load_either(path, notes)
     except persistence.NetworkFormatError as error:
-        raise InputError(f"`{setting}`: {explained(error, path)}") from None
+        raise InputError(f"`{setting}`: {foreign.explained(error, path)}") from None
     for note in notes:
         say(f"{path}: {note}")
     average = networks.get("G_ema")
@@ -96,7 +96,7 @@ def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
         kind = DISTILLED if sigmas is not None else ONE_STEP if "Sg" in networks else EDM
         return NetworkFile(Path(path), kind, average, networks, sigmas)
     neither = f"{path} holds neither a StyleGAN2 generator (G_ema) nor an EDM network (ema)"
-    raise InputError(f"`{setting}`: {explained(neither, path)}")
+    raise InputError(f"`{setting}`: {foreign.explained(neither, path)}")
 
 
 def _check_room(net: Any, path: str | os.PathLike, setting: str) -> None:
@@ -115,12 +115,6 @@ def _check_room(net: Any, path: str | os.PathLike, setting: str) -> None:
             f"`{setting}`: one picture of {path}, {size}x{size} with {channels} channel(s), takes {needed / 2**30:.3g} "
             f"GiB to make, and this machine has {there / 2**30:.3g}"
         )
-
-
-def explained(error: object, path: str | os.PathLike) -> str:
-    """What a file is that could not be read, where it is recognised; else the error itself."""
-    what = foreign.identify(path)
-    return str(error) if what is None else f"{path} is {what}"
 
 
 @functools.cache

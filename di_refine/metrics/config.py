@@ -23,10 +23,10 @@ class MeasureConfig(Settings):
     )
     final_metrics: str | None = setting(
         None,
-        "Measure these metrics at the end instead.",
+        "Measure these metrics at the end; none measures nothing.",
         group=MEASURING,
         default_text="what the registry recommends, else `metrics`",
-        metavar="LIST",
+        metavar="LIST|none",
         may_change=True,
     )
     detector: str | None = setting(

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from di_refine.errors import InputError
-from di_refine.files import registry
+from di_refine.files import foreign, registry
 from di_refine.metrics import inception
 from di_refine.metrics.feature_net import INCEPTION, FeatureNet, Identity, other_name
 from di_refine.metrics.plugin import load_plugin
@@ -133,9 +133,8 @@ def _inception(path: Path, digest: str, device: str | torch.device) -> FeatureNe
         # Both have texts that advise to load the file without the check.
         if isinstance(error, pickle.UnpicklingError) or "weights_only" in reason:
             reason = "it holds more than tensors and plain values, or is no file of PyTorch"
-        raise InputError(
-            f"{path}: not a feature network; expected Inception weights, TorchScript or .safetensors ({reason})"
-        ) from None
+        problem = f"{path}: not a feature network; expected Inception weights, TorchScript or .safetensors ({reason})"
+        raise InputError(foreign.explained(problem, path, foreign.DETECTOR)) from None
     identity = Identity(
         name=INCEPTION if digest in INCEPTION_FILES else other_name(path.stem),
         hash=digest[:16],
@@ -157,7 +156,9 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
             with zipfile.ZipFile(file) as archive:
                 safe_files.unpacked_entries(archive, path.stat().st_size)
         file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of what is no checkpoint and will be refused
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.load(file, map_location="cpu", weights_only=True)
 
 
 class _Script(torch.nn.Module):

@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from di_refine.errors import InputError
+from di_refine.files import foreign
 from torch_utils import safe_files
 from torch_utils.misc import open_atomic
 
-FORMAT = "di-refine features 1"
+FORMAT = f"{foreign.FEATURE_FILES} 1"
 MAX_RESOLUTION = 1024  # to which pictures are scaled; published feature networks take far smaller ones
 MAX_SIZE = 1 << 16  # of any number in the settings of a network
 
@@ -211,7 +212,8 @@ def load_small(path: str | os.PathLike) -> tuple[Classifier, str, dict]:
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error})") from None
     if content.get("format") != FORMAT:
-        raise InputError(f"{path}: not a feature network of this project ('pretrain.py features' makes them)")
+        problem = f"{path}: not a feature network of this project ('pretrain.py features' makes them)"
+        raise InputError(foreign.explained(problem, path, foreign.DETECTOR))
     try:
         config = safe_files.parse_json(content["config"].encode())
         architecture = ARCHITECTURES[config.pop("architecture", "plain")]

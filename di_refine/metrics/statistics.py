@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from di_refine.errors import InputError
-from di_refine.files import arrays
+from di_refine.files import arrays, foreign
 from torch_utils.misc import open_atomic
 
 # Fields that say where statistics come from; every one may be missing, as in the official files.
@@ -90,11 +90,13 @@ class FeatureStatistics:
             raise InputError(f"{path}: no such statistics file") from None
         except arrays.ERRORS as error:
             reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{path}: not a readable .npz of statistics ({reason})") from None
+            problem = f"{path}: not a readable .npz of statistics ({reason})"
+            raise InputError(foreign.explained(problem, path, foreign.STATISTICS)) from None
         missing = {"mu", "sigma"} - content.keys()
         if missing:
             there = ", ".join([*content, *others][:20]) or "nothing"
-            raise InputError(f"{path}: lacks {' and '.join(sorted(missing))}; it holds {there}")
+            problem = f"{path}: lacks {' and '.join(sorted(missing))}; it holds {there}"
+            raise InputError(foreign.explained(problem, path, foreign.STATISTICS))
         mu, sigma = content["mu"].astype(np.float64, copy=False), content["sigma"].astype(np.float64, copy=False)
         if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
             raise InputError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} do not fit together")

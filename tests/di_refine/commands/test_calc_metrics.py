@@ -279,6 +279,7 @@ def test_outputs_are_checked(run, folder, tmp_path, monkeypatch):
     refused(run("--run", tmp_path, "--plot", tmp_path / "a.png"), "records no measurements")
     refused(run("--run", tmp_path, "--plot", tmp_path / "a.png", "--grid", tmp_path / "b.png"), "--grid shows")
     refused(run(*arguments, "--grid", tmp_path), "--grid=", "is a folder")
+
     refused(run("--network", tmp_path, "--metrics=acc1k@toy"), "--network=", "no run directory")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     refused(run("--run", tmp_path, "--plot", tmp_path / "a.png"), "--plot needs matplotlib", "di-refine[plots]")
@@ -369,3 +370,10 @@ def test_arrays_of_samples_are_measured_as_a_folder_is(run, folder, tmp_path):
     assert result.exit_code == 0, result.stderr
     one, two = json.loads(result.stdout.splitlines()[-1])["results"]
     assert one["values"] == two["values"]
+
+
+def test_none_only_draws(run, folder, tmp_path):
+    arguments = ["--images", folder / "data", "--metrics=none"]
+    assert last(run(*arguments, "--grid", tmp_path / "one.png"))["results"] == []
+    assert (tmp_path / "one.png").is_file()
+    refused(run(*arguments), "--metrics=none measures nothing", "--grid")

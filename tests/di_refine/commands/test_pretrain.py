@@ -17,7 +17,7 @@ from PIL import Image
 
 from di_refine.commands.pretrain import main
 from di_refine.errors import InputError
-from di_refine.files import networks
+from di_refine.files import networks, registry
 from di_refine.files.datasets import ImageDataset
 from di_refine.metrics.detectors import load_detector
 from di_refine.metrics.statistics import FeatureStatistics
@@ -226,6 +226,14 @@ def test_options_of_the_teacher_reach_its_trainer(tmp_path, data, monkeypatch):
     words = ["--lr-rampdown=0.5", "total 2000", "--compile=True", "--precision='bf16'"]
     assert all(word in given.stderr for word in words), given.stderr
     assert all(word in pretrain(TEACHER, data, tmp_path).stderr for word in ["--lr-rampdown=0.0,", "--compile=False"])
+
+
+def test_final_metrics_are_measured_at_the_end(tmp_path, data):
+    known = [f"--detector={registry.resolve('features-digits.safetensors')}", "--kimg=0.016", "--snap=1"]
+    done = report(pretrain(GAN, data, tmp_path, *known, "--metrics=none", "--final-metrics=fd_all@digits"))
+    (line,) = (Path(done["run_dir"]) / "metric-fd_all@digits.jsonl").read_text().splitlines()
+    assert json.loads(line)["results"]["fd_all@digits"] == pytest.approx(done["fd_all@digits"], rel=1e-5)
+    assert json.loads(line)["num_images"] == 24
 
 
 def test_features_with_given_held_out_images_in_two_parts(tmp_path, data):

@@ -221,7 +221,7 @@ def test_paths_that_are_no_data_set(tmp_path):
     with pytest.raises(InputError, match="^data=.*absent.zip does not exist"):
         ImageDataset(tmp_path / "absent.zip")
     (tmp_path / "text.zip").write_text("not a zip")
-    with pytest.raises(InputError, match="^reference=.*text.zip is neither a folder nor a zip file"):
+    with pytest.raises(InputError, match="^`reference`: .*text.zip is neither a folder nor a zip file"):
         ImageDataset(tmp_path / "text.zip", setting="reference")
     with pytest.raises(InputError, match="holds no images"):
         ImageDataset(write(tmp_path / "empty.zip", {"dataset.json": b"{}"}))
@@ -272,7 +272,7 @@ def test_arrays_of_samples_are_a_data_set(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arrays, message",
     [
-        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "holds no images, which would be in arr_0; it has mu, sigma"),
+        ({"mu": np.zeros(3), "sigma": np.eye(3)}, "is feature statistics, which --ref takes"),
         ({"arr_0": np.zeros([2, 4, 4, 3], np.float32)}, r"arr_0 is float32 \[2, 4, 4, 3\], not uint8"),
         ({"arr_0": np.zeros([0, 4, 4, 3], np.uint8)}, "not uint8"),
         ({"arr_0": np.zeros([2, 4, 4, 3], np.uint8), "arr_1": np.zeros(3, int)}, "arr_1 is not one class number"),

@@ -344,7 +344,7 @@ def test_references_are_checked(folder, tmp_path):
     refused("another network", "fd1k_full@toy", tmp_path / "foreign.npz", detector=toy)
     refused("only mean and covariance", "kd1k_full@toy", folder / "moments.npz", detector=toy)
     refused("ref=.*nothing.npz", "fd1k_full@toy", tmp_path / "nothing.npz", detector=toy)
-    refused("ref=.*empty holds no images", "fd1k_full@toy", tmp_path / "empty", detector=toy)
+    refused("`ref`: .*empty holds no images", "fd1k_full@toy", tmp_path / "empty", detector=toy)
 
 
 def test_detectors_are_checked(folder, tmp_path):
