@@ -6,11 +6,12 @@ passed, but every layer also states what it works with, so what the arguments le
 """
 
 import dataclasses
+import math
 import re
 from typing import Any
 
 from torch_utils import persistence
-from torch_utils.persistence import Blueprint, NetworkFormatError, Record
+from torch_utils.persistence import Blueprint, NetworkFormatError, Record, printable
 
 _GENERATOR_ARGUMENTS = (
     "z_dim",
@@ -81,6 +82,8 @@ def _num_fp16_res(layers: dict[str, Record], prefix: str) -> int:
 
 def _resolve(kwargs: dict[str, Any], key: str, stated: Any, default: Any) -> None:
     """Add what the layers state where the arguments leave it open and it is not the default here."""
+    if stated is not None and not (type(stated) in (int, float) and 0 <= stated < math.inf):
+        raise NetworkFormatError(f"the attribute '{key}' is {printable(stated)}; it is None or a number from 0 on")
     if key not in kwargs and stated != default:
         kwargs[key] = stated
 

@@ -1,6 +1,7 @@
 """Network files: what kind of network a file holds, and which of its networks is the one to use."""
 
 import functools
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -88,15 +89,31 @@ def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
     average = networks.get("ema", average)
     if isinstance(average, DENOISERS):
         _check_room(average, path, setting)
+        _check_levels(average, path, setting)
         sigmas = networks.get("distilled_sigmas")
-        if sigmas is not None and not (isinstance(sigmas, list) and 0 < len(sigmas) <= MAX_STEPS):
+        if sigmas is not None and not (isinstance(sigmas, list) and 0 < len(sigmas) <= MAX_STEPS and _falling(sigmas)):
             raise InputError(
-                f"`{setting}`: the distilled_sigmas in {path} are no list of 1 to {MAX_STEPS} noise levels"
+                f"`{setting}`: the distilled_sigmas in {path} are no list of 1 to {MAX_STEPS} falling noise levels"
             )
         kind = DISTILLED if sigmas is not None else ONE_STEP if "Sg" in networks else EDM
         return NetworkFile(Path(path), kind, average, networks, sigmas)
     neither = f"{path} holds neither a StyleGAN2 generator (G_ema) nor an EDM network (ema)"
     raise InputError(f"`{setting}`: {foreign.explained(neither, path)}")
+
+
+def _check_levels(net: Any, path: str | os.PathLike, setting: str) -> None:
+    """Raise InputError where the noise levels of a diffusion model leave nothing to do."""
+    low, high, deviation = net.sigma_min, net.sigma_max, getattr(net, "sigma_data", 1.0)
+    if not 0 <= low < high or not 0 < deviation < math.inf:
+        raise InputError(
+            f"`{setting}`: {path} is no diffusion model that works: its noise levels are {low:g} to {high:g}, and the "
+            f"standard deviation of its data {deviation:g}"
+        )
+
+
+def _falling(sigmas: list[Any]) -> bool:
+    numbers = all(type(sigma) in (int, float) and 0 < sigma < math.inf for sigma in sigmas)
+    return numbers and all(high > low for high, low in zip(sigmas, sigmas[1:]))
 
 
 def _check_room(net: Any, path: str | os.PathLike, setting: str) -> None:

@@ -304,17 +304,32 @@ def _adopt_attributes(target: Any, layer: Record | None, path: str) -> None:
         built = vars(target)[name]
         if isinstance(built, tuple) and isinstance(recorded, list):
             recorded = tuple(recorded)
-        switches = (type(None), bool, int, float)
-        if type(recorded) not in (*switches, str, list, tuple) or type(built) not in (*switches, str, list, tuple):
+        plain = (type(None), bool, int, float, str, list, tuple)
+        if type(recorded) not in plain or type(built) not in plain or recorded == built:
             continue
-        if recorded == built:
-            continue
-        structural = {type(recorded), type(built)} & {str, list, tuple} or type(recorded) is type(built) is int
-        if structural or (isinstance(recorded, float) and math.isnan(recorded)):
+        if not _may_replace(type(target), name, built, recorded):
             raise NetworkFormatError(
                 f"the attribute '{_join(path, name)}' is {printable(recorded)}; the constructor arguments give {built}"
             )
         setattr(target, name, recorded)
+
+
+def _may_replace(cls: type, name: str, built: Any, recorded: Any) -> bool:
+    """Say whether an attribute may have another value than the constructor gave it.
+
+    Switches may be turned. A real number may be another one that is finite and has no other sign; None may stand in its
+    place where the constructor takes None, and a number in the place of None.
+    """
+    if type(built) is bool or type(recorded) is bool:
+        return type(built) is type(recorded)
+    if not isinstance(built, (float, type(None))):
+        return False
+    if recorded is None:
+        parameter = inspect.signature(cls).parameters.get(name)
+        return parameter is not None and parameter.default is None
+    if type(recorded) not in (int, float) or not math.isfinite(recorded):
+        return False
+    return recorded >= 0 or (built is not None and built < 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

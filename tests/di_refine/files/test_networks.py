@@ -1,5 +1,6 @@
 """Network files as people have them: written by other projects, or with something in them that is not needed here."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -201,9 +202,67 @@ def test_pictures_that_would_not_fit_into_memory_are_refused(tmp_path, monkeypat
         networks.load(tmp_path / "a.pkl", "teacher")
 
 
-@pytest.mark.parametrize("sigmas", [[], [1.0] * 1001, 1.0])
+@pytest.mark.parametrize("sigmas", [[], [1.0] * 1001, 1.0, [1.0, 2.0], [1.0, 0.0], ["1"], [float("inf")], [True]])
 def test_noise_levels_are_a_list_of_some(tmp_path, sigmas):
     small = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
     persistence.save({"ema": EDMPrecond(8, 1, **small), "distilled_sigmas": sigmas}, tmp_path / "a.pkl")
-    with pytest.raises(InputError, match="no list of 1 to 1000 noise levels"):
+    with pytest.raises(InputError, match="no list of 1 to 1000 falling noise levels"):
         networks.load(tmp_path / "a.pkl")
+
+
+@pytest.mark.parametrize(
+    "attribute, value",
+    [
+        ("z_dim", 1e12),
+        ("z_dim", None),
+        ("c_dim", True),
+        ("img_resolution", 64.5),
+        ("synthesis.num_ws", -1),
+        ("mapping.fc0.activation", "relu"),
+        ("mapping.fc0.weight_gain", math.inf),
+        ("mapping.w_avg_beta", math.nan),
+        ("mapping.w_avg_beta", "0.9"),
+        ("synthesis.b8.conv1.act_gain", math.inf),
+        ("synthesis.b8.conv1.conv_clamp", -1.0),
+    ],
+)
+def test_attributes_of_a_generator_that_its_constructor_would_not_give_are_refused(monkeypatch, attribute, value):
+    refused_with(monkeypatch, GOLDEN / "stylegan2/sg2ada-resnet16.pkl", "G_ema", attribute, value)
+
+
+@pytest.mark.parametrize(
+    "attribute, value",
+    [
+        ("label_dim", None),
+        ("label_dim", 10**12),
+        ("img_channels", "3"),
+        ("sigma_data", 0),
+        ("sigma_data", -0.5),
+        ("sigma_data", math.inf),
+        ("sigma_min", -1),
+        ("sigma_min", math.nan),
+        ("sigma_max", 0.0),
+        ("sigma_max", None),
+        ("model.map_layer0.in_features", 10**6),
+    ],
+)
+def test_attributes_of_a_diffusion_model_that_its_constructor_would_not_give_are_refused(monkeypatch, attribute, value):
+    refused_with(monkeypatch, GOLDEN / "edm/ddpmpp_uncond.pkl", "ema", attribute, value)
+
+
+def refused_with(monkeypatch, path, key, attribute, value):
+    """What a file says is changed in its record, as from_records reads it for every format."""
+    records = persistence.load_records(path)
+    *layers, name = attribute.split(".")
+    layer = records[key]
+    for part in layers:
+        layer = layer.state["_modules"][part]
+    assert name in layer.state
+    layer.state[name] = value
+
+    def load(path, notes=None):
+        return persistence.from_records(records, str(path), notes)
+
+    monkeypatch.setattr(safetensors_pair, "load_either", load)
+    with pytest.raises(InputError, match=rf"attribute '({attribute}|{name})' is|is no diffusion model that works"):
+        networks.load(path)
