@@ -1,6 +1,5 @@
 """The settings of the alternating update, each of them declared once; see `torch_utils.settings`."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from di_refine import objectives
@@ -15,11 +14,7 @@ LOGNORMAL, EDM_GRID = "lognormal", "edm-grid"
 
 @dataclass(kw_only=True)
 class TrainerConfig(UpdateConfig):
-    """What `di_refine.trainer.Trainer` can be told; the values are checked when the object is made.
-
-    Attributes:
-        class_probs: how often each class is drawn, `[label_dim]`; None draws all equally often.
-    """
+    """What `di_refine.trainer.Trainer` can be told; the values are checked when the object is made."""
 
     # What is learned from -----------------------------------------------------------------------------------------
 
@@ -174,8 +169,6 @@ class TrainerConfig(UpdateConfig):
         "Save memory: compute the student score's inner results again in the backward pass.",
         group=MACHINE,
     )
-
-    class_probs: Sequence[float] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

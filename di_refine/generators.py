@@ -11,8 +11,10 @@ import torch
 from di_refine.denoisers import Denoiser
 from di_refine.edm import sampler as edm_sampler
 from di_refine.errors import InputError
-from di_refine.files import networks
+from di_refine.files import label_laws, networks
+from di_refine.files.datasets import ImageDataset
 from di_refine.files.pictures import to_uint8
+from di_refine.labels import LabelLaw
 from di_refine.noise import edm_level
 from stylegan2_ada import networks as stylegan2
 from torch_utils import misc
@@ -48,12 +50,16 @@ class Sampler(Protocol):
         resolution, num_channels: of the images.
         label_dim: length of a label; 0 without labels.
         num_images: how many images there are; None where there is no limit.
+        law: what the labels are drawn from; None where they are not drawn.
     """
 
     resolution: int
     num_channels: int
     label_dim: int
     num_images: int | None
+
+    @property
+    def law(self) -> LabelLaw | None: ...
 
     def __call__(self, first_index: int, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
@@ -158,14 +164,10 @@ class NetworkSampler(ABC):
         image: channels and resolution of what the network makes.
         label_dim: length of a label.
         device: where to run.
-        label: the class of all images; None draws classes with `class_probs`.
-        class_probs: `[label_dim]` frequencies; None is uniform.
+        law: what labels are drawn from; None draws all classes equally often.
         chunk: images per forward pass. Chunks begin at multiples of it, whatever is asked for, so random noise inputs
             do not depend on the caller's batch size.
         bridge: applied to the images, see `di_refine.bridge`.
-
-    Raises:
-        InputError: the network has no such class.
     """
 
     def __init__(
@@ -175,8 +177,7 @@ class NetworkSampler(ABC):
         image: tuple[int, int],
         label_dim: int,
         device: torch.device | str = "cpu",
-        label: int | None = None,
-        class_probs: np.ndarray | None = None,
+        law: LabelLaw | None = None,
         chunk: int = 128,
         bridge: torch.nn.Module | None = None,
     ):
@@ -186,26 +187,16 @@ class NetworkSampler(ABC):
         self.num_channels, self.resolution = image
         self.label_dim = label_dim
         self.num_images: int | None = None
-        self.label, self.class_probs, self.chunk = label, class_probs, chunk
+        self.law, self.chunk = LabelLaw(label_dim) if law is None else law, chunk
         self.bridge = torch.nn.Identity() if bridge is None else bridge.to(device)
-        if label is not None and not 0 <= label < max(label_dim, 1):
-            known = f"0 to {label_dim - 1}" if label_dim else "no classes"
-            raise InputError(f"label={label} is not a class of this network, which has {known}")
 
     @abstractmethod
     def _forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Images `[N, C, R, R]` of latents `[N, *latent_shape]` and labels `[N, label_dim]`."""
 
     def labels(self, seeds: list[int]) -> torch.Tensor:
-        """One-hot labels `[n, label_dim]`, one draw per seed."""
-        labels = torch.zeros(len(seeds), self.label_dim)
-        if self.label_dim == 0:
-            return labels
-        for row, seed in enumerate(seeds):
-            draw = np.random.RandomState(misc.derive_seed(seed, "label") % 2**32)
-            index = draw.choice(self.label_dim, p=self.class_probs) if self.label is None else self.label
-            labels[row, index] = 1
-        return labels
+        """Labels `[n, label_dim]`, one draw per seed."""
+        return self.law.of_seeds(seeds)
 
     @torch.inference_mode()
     def images(self, seeds: list[int], labels: torch.Tensor | None = None, noise_seed: int = 0) -> torch.Tensor:
@@ -290,6 +281,9 @@ def load_sampler(
     device: torch.device | str = "cpu",
     init_sigma: float | None = None,
     noise_mode: str = "random",
+    labels: str | None = None,
+    dataset: ImageDataset | None = None,
+    label: str | None = None,
     **settings,
 ) -> NetworkSampler:
     """A sampler over the averaged network in a pickle.
@@ -301,13 +295,16 @@ def load_sampler(
         device: where to run.
         init_sigma: makes any diffusion model a generator of one step from this noise level.
         noise_mode: 'random', 'const' or 'none', for a StyleGAN2 generator.
+        labels, dataset, label: what labels are drawn from, see `files.label_laws.choose`; without any, what the
+            file says, or where it says nothing, all classes equally often.
         settings: further arguments of `NetworkSampler`.
 
     Raises:
         InputError: the file holds no such network, another kind than a setting is for, or a one-step generator of
-            another project and no `init_sigma`.
+            another project and no `init_sigma`; or `labels` does not suit the network.
     """
     file = networks.load(path)
+    settings = {"law": label_laws.choose(labels, file.labels, dataset, label), **settings}
     if file.kind == networks.STYLEGAN2:
         if init_sigma is not None:
             raise InputError(f"init_sigma={init_sigma:g} is for EDM networks, and {path} is a StyleGAN2 generator")

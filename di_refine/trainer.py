@@ -27,6 +27,7 @@ from di_refine.critic import R1_INTERVAL, Critic
 from di_refine.edm.augment import AugmentPipe
 from di_refine.edm.loss import edm_weight
 from di_refine.generators import Generator
+from di_refine.labels import LabelLaw
 from di_refine.noise import Law, expand_as
 from torch_utils import distributed, misc
 from torch_utils.training import Average, FiniteWatch, adam, seeded
@@ -48,8 +49,8 @@ Reference = Callable[[int], Iterator[tuple[torch.Tensor, torch.Tensor]]]
 
 Called as `reference(start_nimg)`, it returns an iterator, from that position of the stream on, of images in [-1, 1],
 `[share, ...]` of the generator's or the teacher's size, and labels `[share, label_dim]`; share is this process's part
-of the batch. It may have an attribute `class_frequencies`, `[label_dim]`; without one, classes are as frequent as in
-the generator's labels.
+of the batch. It may have an attribute `class_frequencies`, `[label_dim]`; without one, or where it is None as for label
+vectors, labels are as frequent as the generator's.
 """
 
 
@@ -96,6 +97,7 @@ class Trainer:
         reference: teacher-side samples, for a density ratio or a critic.
         ratio_layer: where in the student the ratio finds features, see `di_refine.ratio.DensityRatio`.
         critic: gives the adversarial loss; None leaves that to the density ratio.
+        labels: what labels are drawn from; None draws all classes equally often.
         sigma, score_sigma: laws of the noise levels of the objective and of the student score, in place of those that
             the settings name. A `score_sigma` of None lets the same noised samples serve both.
 
@@ -106,6 +108,7 @@ class Trainer:
     Attributes:
         generator, teacher, student: the three networks.
         latent_shape, label_dim: of the generator.
+        labels: what labels are drawn from.
         ratio: the density ratio, where one is learned.
         ema: running average of the generator (the generator itself when `ema_kimg` is 0).
         nimg: images seen, warm-up included.
@@ -124,6 +127,7 @@ class Trainer:
         reference: Reference | None = None,
         ratio_layer: torch.nn.Module | None = None,
         critic: Critic | None = None,
+        labels: LabelLaw | None = None,
         sigma: Law | None = None,
         score_sigma: Law | None = None,
     ):
@@ -141,10 +145,9 @@ class Trainer:
             raise ValueError("a critic needs a reference: real images")
         made = cast(Generator, generator)
         self.latent_shape, self.label_dim = made.latent_shape, made.label_dim
-        if config.class_probs is not None and len(config.class_probs) != self.label_dim:
-            raise ValueError(
-                f"class_probs has {len(config.class_probs)} entries and the generator {self.label_dim} classes"
-            )
+        self.labels = LabelLaw(self.label_dim) if labels is None else labels
+        if self.labels.label_dim != self.label_dim:
+            raise ValueError(f"labels of {self.labels.label_dim} classes are for a generator of {self.label_dim}")
         if sigma is None:
             model = cast(denoisers.Denoiser, teacher)
             sigma, score_sigma = noise.laws(config, model.sigma_min, model.sigma_max)
@@ -169,8 +172,6 @@ class Trainer:
         self._reference = reference
         self._reference_stream: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.nimg = 0
-        probs = torch.ones(self.label_dim) if config.class_probs is None else torch.tensor(config.class_probs)
-        self._class_probs = probs.to(self.device, torch.float32)
         self.ratio = self._make_ratio(ratio_layer) if learns_ratio else None
         self._log_prior = self._make_log_prior() if learns_ratio else None
 
@@ -383,13 +384,9 @@ class Trainer:
     # Drawing ----------------------------------------------------------------------------------------------------------
 
     def draw(self, n: int, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents `[n, *latent_shape]` and one-hot labels `[n, label_dim]`."""
+        """Latents `[n, *latent_shape]` and labels `[n, label_dim]`."""
         z = torch.randn([n, *self.latent_shape], generator=rng, device=self.device)
-        labels = torch.zeros([n, self.label_dim], device=self.device)
-        if self.label_dim:
-            index = torch.multinomial(self._class_probs, n, replacement=True, generator=rng)
-            labels.scatter_(1, index[:, None], 1)
-        return z, labels
+        return z, self.labels.draw(n, rng)
 
     def _draw(self, turn: int) -> _Draws:
         """The random numbers of this step's turn; turn 0 is the one that the generator shares."""
@@ -423,12 +420,13 @@ class Trainer:
     def _make_log_prior(self) -> torch.Tensor:
         """log(frequency in the reference / frequency of the generator's labels) `[label_dim]`."""
         frequencies = getattr(self._reference, "class_frequencies", None)
-        if frequencies is None or not len(self._class_probs):
-            return torch.zeros_like(self._class_probs)
+        if frequencies is None or not self.labels.has_classes:
+            return torch.zeros(self.label_dim, device=self.device)
         reference = torch.as_tensor(frequencies, dtype=torch.float32, device=self.device)
-        quotient = (reference / reference.sum()) / (self._class_probs / self._class_probs.sum())
+        drawn = self.labels.weights(self.device)
+        quotient = (reference / reference.sum()) / (drawn / drawn.sum())
         # A class that one side never has teaches nothing about the others, and its infinite logarithm would spoil them.
-        return torch.where((reference > 0) & (self._class_probs > 0), quotient, 1).log()
+        return torch.where((reference > 0) & (drawn > 0), quotient, 1).log()
 
     def _rng_state(self) -> torch.Tensor | None:
         """The random state that dropout draws from, where teacher and student score are to draw the same."""
@@ -509,7 +507,7 @@ class Trainer:
             return
         distributed.check_equal("settings", asdict(self.config))
         distributed.check_equal("networks", {**self.state_dict(), "teacher": self.teacher})
-        distributed.check_equal("class frequencies", [self._class_probs, self._log_prior])
+        distributed.check_equal("labels", [self.labels.content, self._log_prior])
         self._agreed = True
 
     # State ------------------------------------------------------------------------------------------------------------

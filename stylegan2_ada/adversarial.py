@@ -122,14 +122,11 @@ class Data(Protocol):
     """A stream of real images, whose order is a function of the images seen.
 
     Called as `data(start_nimg)`, it returns an iterator of this process's share of each step's images, uint8
-    `[share, C, H, W]`, and labels `[share, c_dim]`.
-
-    Attributes:
-        class_frequencies: the share of each class, `[c_dim]`; None without labels.
+    `[share, C, H, W]`, and labels `[share, c_dim]`. `data.draw_labels(n, rng)` returns labels `[n, c_dim]` for
+    generated images, as often as the data have them, on the device of `rng`.
     """
 
-    @property
-    def class_frequencies(self) -> Any: ...
+    def draw_labels(self, n: int, rng: torch.Generator) -> torch.Tensor: ...
 
     def __call__(self, start_nimg: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: ...
 
@@ -237,7 +234,7 @@ class AdversarialTrainer:
         """Take the next real images, draw latents and labels, and `update`.
 
         Latents and labels are drawn for the whole batch, for both networks, and then cut: they are the same for any
-        number of processes. Classes are as frequent as in the data.
+        number of processes. Labels are as frequent as in the data.
 
         Raises:
             ValueError: the trainer was made without data.
@@ -249,11 +246,7 @@ class AdversarialTrainer:
         real, labels = next(self._batches)
         rng = torch.Generator(self.device).manual_seed(misc.derive_seed(self.config.seed, self.nimg, "latents"))
         z = torch.randn([2 * self.config.batch, self.G.z_dim], generator=rng, device=self.device)
-        fake_labels = torch.zeros([len(z), labels.shape[1]], device=self.device)
-        if labels.shape[1]:
-            probs = torch.as_tensor(self._data.class_frequencies, dtype=torch.float32, device=self.device)
-            index = torch.multinomial(probs, len(z), replacement=True, generator=rng)
-            fake_labels.scatter_(1, index[:, None], 1)
+        fake_labels = self._data.draw_labels(len(z), rng)
         share = distributed.share(self.config.batch)
         z, fake_labels = (torch.cat([half[share] for half in x.chunk(2)]) for x in (z, fake_labels))
         rank = [distributed.rank()] if distributed.rank() else []

@@ -11,13 +11,14 @@ import click
 
 from di_refine import terminal
 from di_refine.commands import cli
+from di_refine.commands.config import LabelsConfig
 from di_refine.commands.options import make, options
 from di_refine.errors import InputError
 from di_refine.files import registry
 from di_refine.files.run_files import RunFiles
 from di_refine.metrics.config import ALLOW_CODE_HELP
 from di_refine.metrics.kinds import FORMS, KINDS, Needs, parse_metrics
-from torch_utils.settings import FILES, MACHINE, MEASURING, NETWORK, Settings, setting
+from torch_utils.settings import FILES, MACHINE, MEASURING, NETWORK, setting
 
 if TYPE_CHECKING:
     from di_refine.generators import Sampler
@@ -40,7 +41,7 @@ class InOrder(cli.Command):
 
 
 @dataclass(kw_only=True)
-class CalcConfig(Settings):
+class CalcConfig(LabelsConfig):
     """What is measured and how; None where the registry or the files decide."""
 
     network: tuple[str, ...] = setting(
@@ -94,12 +95,6 @@ class CalcConfig(Settings):
         default_text="from the file",
     )
     truncation: float = setting(1.0, "Truncate the w of StyleGAN2 networks by this psi; 1 does not.", group=NETWORK)
-    labels: str = setting(
-        "uniform",
-        "Ask conditional networks for all classes alike, for as many of each as in `data`, or for one class.",
-        group=NETWORK,
-        metavar="uniform|dataset|CLASS",
-    )
     cache: bool = setting(
         True, "Keep the statistics of `data` in $DI_REFINE_CACHE, and take them from there.", group=FILES
     )
@@ -235,9 +230,10 @@ def _check_outputs(config: CalcConfig, measuring: bool, runs: Sequence[Path]) ->
 def _measure(sources: Sequence[Source], config: CalcConfig, device: str) -> dict[str, Any]:
     """Measure all sources, write the files that belong to the results, and return the JSON result."""
     from di_refine.files.datasets import ImageDataset
+    from di_refine.generators import load_sampler
     from di_refine.metrics import compare
     from di_refine.metrics.evaluate import Evaluator
-    from di_refine.metrics.sources import ImageSampler, network_sampler
+    from di_refine.metrics.sources import ImageSampler
     from torch_utils import distributed
 
     place, shown = cli.pick_device(device), distributed.is_first()
@@ -260,8 +256,15 @@ def _measure(sources: Sequence[Source], config: CalcConfig, device: str) -> dict
     def sampler_of(source: Source) -> Sampler:
         if not source.is_network:
             return ImageSampler(ImageDataset(source.path, setting="images"), config.workers)
-        settings = {"steps": config.steps, "init_sigma": config.init_sigma, "truncation": config.truncation}
-        return network_sampler(source.path, config.labels, dataset, device=place, **settings)
+        return load_sampler(
+            source.path,
+            config.steps,
+            config.truncation,
+            place,
+            init_sigma=config.init_sigma,
+            labels=config.labels,
+            dataset=dataset,
+        )
 
     samplers = [sampler_of(source) for source in sources]
     if not specs:
@@ -282,6 +285,9 @@ def _measure(sources: Sequence[Source], config: CalcConfig, device: str) -> dict
         evaluator.check(sampler)
     for warning in evaluator.warnings if shown else ():
         terminal.say(f"note: {warning}")
+    for source, sampler in zip(sources, samplers) if shown else ():
+        if sampler.law is not None and sampler.law.sentence:
+            terminal.say(f"note: {source.name}: {sampler.law.sentence}")
     evaluator.prepare()
     summaries = []
     for source, sampler in zip(sources, samplers):

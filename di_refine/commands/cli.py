@@ -118,7 +118,7 @@ def spell(text: str, of: click.Command) -> str:
     """A text with the settings in it spelled as the options of a command, or of its sub-commands."""
     commands = [of, *(of.commands.values() if isinstance(of, click.Group) else [])]
     flags = {
-        param.name: max(param.opts, key=len)
+        param.name: next((name for name in param.opts if name.startswith("--")), param.opts[0])
         for each in commands
         for param in each.params
         if isinstance(param, click.Option)
@@ -281,6 +281,10 @@ INT_LIST = IntegerList()
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Devices and places to write
+
+class_option = click.option(
+    "--class", "label", cls=Option, metavar="NUMBER|NAME", help="Draw images of this class alone, by number or name."
+)
 
 dry_run_option = click.option(
     "--dry-run", is_flag=True, cls=Option, group="What", help="Check everything, print the options, stop."

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from di_refine.commands.presets import PRESETS
 from di_refine.runs.config import LoopConfig
-from torch_utils.settings import FILES, LEARNING, MACHINE, MEASURING, OBJECTIVE, WHAT, Settings, setting
+from torch_utils.settings import FILES, MACHINE, MEASURING, NETWORK, OBJECTIVE, WHAT, Settings, setting
 
 
 @dataclass(kw_only=True)
@@ -29,7 +29,23 @@ class DistillConfig(Settings):
 
 
 @dataclass(kw_only=True)
-class TeachConfig(Settings):
+class LabelsConfig(Settings):
+    """What all commands that draw from a network can be told; `di_refine.files.label_laws` reads it."""
+
+    labels: str | None = setting(
+        None,
+        "Draw labels from this: all classes equally often (uniform); as often as in training (dataset), by `data` or "
+        "else by the network's file; one class; as often as numbers such as 1,1,2 say; or as in a labelled data set or "
+        "a JSON file.",
+        metavar="uniform|dataset|CLASS|LIST|FILE",
+        names=("--class-freq",),
+        group=NETWORK,
+        default_text="what the network's file says, else uniform",
+    )
+
+
+@dataclass(kw_only=True)
+class TeachConfig(LabelsConfig):
     """What `refine.py` and `distill.py` can be told besides the settings of the parts that they run."""
 
     teacher: tuple[str, ...] = setting(
@@ -56,14 +72,6 @@ class TeachConfig(Settings):
         "`adversarial_weight`; 'teacher' takes what python -m di_refine sample-teacher drew.",
         metavar="PATH|teacher",
         group=OBJECTIVE,
-    )
-    class_freq: str | None = setting(
-        None,
-        "Draw classes this often: numbers, or as in a data set.",
-        metavar="LIST|DATA",
-        names=("--labels",),
-        group=LEARNING,
-        default_text="equally often",
     )
     teacher_steps: int = setting(
         18, "Measure the teacher with this many sampling steps.", minimum=1, group=MEASURING, may_change=True

@@ -1,5 +1,6 @@
 """The command `python -m di_refine convert`: pickles to safetensors with JSON and back, generators to ONNX."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,7 @@ def main(ctx, source, dest, overwrite, refresh_source, key, noise_mode, truncati
     from di_refine.files.download import sha256_of
     from di_refine.files.foreign import explained
     from di_refine.files.networks import say
+    from di_refine.labels import KEY
     from torch_utils import persistence
 
     dest = Path(dest)
@@ -114,7 +116,8 @@ def main(ctx, source, dest, overwrite, refresh_source, key, noise_mode, truncati
             del networks[left_out]
     else:
         key, model = _model(networks, path, key, noise_mode, truncation, init_sigma)
-        onnx_export.save(model, dest, {"network": type(model.net).__name__, "key": key, "source": path.name})
+        facts = {"network": type(model.net).__name__, "key": key, "source": path.name}
+        onnx_export.save(model, dest, {**facts, **_labels(networks.get(KEY))})
         modules = [key]
     terminal.print_result(
         {
@@ -125,6 +128,13 @@ def main(ctx, source, dest, overwrite, refresh_source, key, noise_mode, truncati
             **({"opset": onnx_export.OPSET} if form == "onnx" else {}),
         }
     )
+
+
+def _labels(law: Any) -> dict[str, str]:
+    """Return what an ONNX file says of the labels: the names of classes, and how often each is drawn, as JSON."""
+    if not isinstance(law, dict):
+        return {}
+    return {f"label_{key}": json.dumps(law[key]) for key in ("classes", "counts") if law.get(key) is not None}
 
 
 def _refuse_onnx_options(ctx: click.Context) -> None:

@@ -155,7 +155,7 @@ def main(
     side = first.size[0]
     if not is_size(side):
         notes.append(f"{side}x{side} is no size that pretrain.py gan takes, which are powers of two from 8 on")
-    if absent := absent_classes(counts):
+    if absent := absent_classes(counts, images.classes):
         notes.append(absent)
     for note in notes:
         terminal.say(f"note: {note}")

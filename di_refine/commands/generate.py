@@ -4,6 +4,8 @@ import click
 
 from di_refine import terminal
 from di_refine.commands import cli
+from di_refine.commands.config import LabelsConfig
+from di_refine.commands.options import options
 
 GRID_IMAGES = 400
 """How many images the grid shows at the most."""
@@ -18,9 +20,8 @@ GRID_IMAGES = 400
     metavar="LIST",
     help="Draw one image for each seed, as in 0-63 or 1,5,8-10.",
 )
-@click.option(
-    "--class", "label", type=cli.NON_NEGATIVE_INT, help="Draw images of this class.  [default: seed modulo classes]"
-)
+@cli.class_option
+@options(LabelsConfig)
 @click.option(
     "--truncation", type=cli.Number(), default=1.0, help="Truncate a StyleGAN2 generator's w by this psi; 1 does not."
 )
@@ -46,12 +47,18 @@ GRID_IMAGES = 400
 @click.option("--outdir", default="out", metavar="DIR", help="Write seed0000.png ... and grid.png to this folder.")
 @cli.ops_option
 @cli.device_option
-def main(network, seeds, label, truncation, steps, init_sigma, noise_mode, grid, columns, batch, outdir, device):
+def main(
+    network, seeds, label, labels, truncation, steps, init_sigma, noise_mode, grid, columns, batch, outdir, device
+):
     """Write one PNG per seed, and a grid.
 
     \b
     python generate.py --network=stylegan2-digits.pkl --seeds=0-79 --columns=10
     python generate.py --network=edm-digits-16x16-cond.pkl --seeds=0-9 --steps=18 --class=3
+    python generate.py --network=mine.pkl --class=flags
+
+    Classes that are all equally frequent come in turn: seed modulo classes. Otherwise each seed draws a label. A grid
+    whose columns or rows have one class each shows the names that the network's file has for them.
 
     On a CPU a seed gives the same pixels on every machine. The latents are those of the StyleGAN family's tools.
     """
@@ -63,34 +70,41 @@ def main(network, seeds, label, truncation, steps, init_sigma, noise_mode, grid,
 
     place = cli.pick_device(device)
     folder = cli.check_outdir(outdir)
-    sampler = load_sampler(
-        registry.resolve(network), steps, truncation, place, init_sigma=init_sigma, noise_mode=noise_mode, label=label
-    )
+    drawing = {"init_sigma": init_sigma, "noise_mode": noise_mode, "labels": labels, "label": label}
+    sampler = load_sampler(registry.resolve(network), steps, truncation, place, **drawing)
     if isinstance(sampler, DiffusionSampler):
         terminal.say(
             f"note: {network} is sampled as a diffusion model, in {steps} steps; if it was distilled to one step, give "
             "the noise level with --init-sigma"
         )
     pictures.check_channels(sampler.num_channels)
+    if sampler.law.sentence:
+        terminal.say(f"note: {sampler.law.sentence}")
     folder.mkdir(parents=True, exist_ok=True)
-    shown = []  # for the grid; more images than it shows are not kept
+    shown, asked = [], []  # for the grid; more images than it shows are not kept
+    counts = torch.zeros(sampler.label_dim)
     with terminal.progress(len(seeds), "generating", "img") as bar:
         for start in range(0, len(seeds), batch):
             chunk = seeds[start : start + batch]
-            labels = torch.zeros(len(chunk), sampler.label_dim)
-            if sampler.label_dim:
-                classes = [seed % sampler.label_dim if label is None else label for seed in chunk]
-                labels[range(len(chunk)), classes] = 1
-            drawn = pictures.to_uint8(sampler.images(chunk, labels, noise_seed=chunk[0])).cpu()
+            labels = sampler.law.in_turn(chunk)
+            counts += labels.sum(dim=0)
+            images = sampler.images(chunk, labels, noise_seed=chunk[0])
+            drawn = pictures.to_uint8(images).cpu()
             for seed, picture in zip(chunk, drawn):
                 pictures.save_png(folder / f"seed{seed:04d}.png", picture)
             if grid and start < GRID_IMAGES:
                 shown.append(drawn[: GRID_IMAGES - start])
+                asked.append(labels[: GRID_IMAGES - start])
             bar.update(len(chunk))
-    result = {"outdir": str(outdir), "images": len(seeds)}
+    result = {"outdir": str(outdir), "images": len(seeds), "labels": sampler.law.described}
+    if sampler.law.label_dim and sampler.law.has_classes:
+        drawn = enumerate(counts.long().tolist())
+        result["class_counts"] = {sampler.law.title(number): count for number, count in drawn if count}
     if grid:
         path = folder / "grid.png"
-        pictures.save_grid(path, torch.cat(shown), columns)
+        images, labels = torch.cat(shown), torch.cat(asked)
+        titles = sampler.law.titles(labels, pictures.grid_columns(len(images), columns), pictures.is_drawable)
+        pictures.save_grid(path, images, columns, titles=titles)
         result["grid"] = str(path)
         if len(seeds) > GRID_IMAGES:
             terminal.say(f"note: the grid shows the first {GRID_IMAGES} of {len(seeds)} images")

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from di_refine import denoisers
@@ -19,10 +18,11 @@ from di_refine.config import TrainerConfig
 from di_refine.critic import Critic
 from di_refine.edm.augment import AugmentPipe
 from di_refine.errors import InputError
-from di_refine.files import registry, teacher_samples
+from di_refine.files import label_laws, networks, registry, teacher_samples
 from di_refine.files.datasets import ImageDataset, Stream
 from di_refine.files.networks import NetworkFile
 from di_refine.generators import DiffusionSampler, GeneratorSampler
+from di_refine.labels import KEY, LabelLaw
 from di_refine.metrics.config import MeasureConfig
 from di_refine.metrics.evaluate import Evaluator
 from di_refine.runs.config import LoopConfig, RunConfig
@@ -70,7 +70,7 @@ class Job:
         sources: where settings come from that the user did not give.
         device: where to compute.
         teacher: one denoiser, or an `Ensemble`.
-        class_probs: how often classes are drawn, `[label_dim]`; None is equally often.
+        labels: what labels are drawn from.
         dataset: what `data` names, if anything.
         evaluator, final_evaluator: what measures snapshots, and the table at the end; None measures nothing.
     """
@@ -84,7 +84,7 @@ class Job:
     sources: dict[str, str]
     device: torch.device
     teacher: torch.nn.Module
-    class_probs: np.ndarray | None
+    labels: LabelLaw
     dataset: ImageDataset | None
     evaluator: Evaluator | None
     final_evaluator: Evaluator | None
@@ -110,22 +110,29 @@ class Job:
             "resolution": net.img_resolution,
             "channels": net.img_channels,
             "classes": self.subject.label_dim,
+            "labels_from": self.labels.described,
+            "label_law": self.labels.content,
             "generator_parameters": _count(net),
             "teacher_parameters": _count(self.teacher),
             **self.subject.facts,
             "torch": torch.__version__,
         }
 
+    def snapshot(self, trainer: Trainer) -> dict[str, Any]:
+        """What a snapshot's file holds. It keeps the law of its training, so that others measure the same network."""
+        own = {KEY: self.labels.kept().record()} if self.labels.is_chosen and self.labels.label_dim else {}
+        return {**self.subject.snapshot(trainer), **own}
+
     def sampler(self, net: torch.nn.Module, noise_mode: str = "random") -> GeneratorSampler:
         """A sampler over a network of the subject's kind."""
-        return GeneratorSampler(self.subject.generator(net, noise_mode), self.device, class_probs=self.class_probs)
+        return GeneratorSampler(self.subject.generator(net, noise_mode), self.device, law=self.labels)
 
     def teacher_sampler(self) -> DiffusionSampler:
         """A sampler over the teacher, whose images have the size and colour of the generator's."""
         own, theirs = _image(self.subject.file.average), _image(self.teacher)
         bridge = Bridge(*theirs, *own) if own != theirs else None
         steps = self.teach.teacher_steps
-        return DiffusionSampler(self.teacher, self.device, steps, class_probs=self.class_probs, bridge=bridge)
+        return DiffusionSampler(self.teacher, self.device, steps, law=self.labels, bridge=bridge)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -144,11 +151,8 @@ def build(subject: Subject, values: dict[str, Any], sources: dict[str, str], dev
     Raises:
         InputError, SettingError: an option or file that does not fit; the message names it.
     """
-    class_freq = values["class_freq"]
-    class_probs = teacher_samples.class_probs(class_freq, subject.label_dim)
     teach, loop, run = make(TeachConfig, values), make(LoopConfig, values), make(RunConfig, values)
     trainer, measure = make(TrainerConfig, values), make(MeasureConfig, values)
-    trainer = replace(trainer, class_probs=None if class_probs is None else class_probs.tolist())
     if not trainer.divergence().needs_student:
         raise InputError(f"objective={trainer.objective} is for generators without randomness; choose another one")
     if loop.kimg <= trainer.score_warmup:
@@ -156,11 +160,17 @@ def build(subject: Subject, values: dict[str, Any], sources: dict[str, str], dev
             f"kimg={loop.kimg:g} ends before the generator moves, which is after score_warmup={trainer.score_warmup:g}"
         )
     cli.check_outdir(run.outdir)
-    teachers = [denoisers.load_denoiser(path) for path in subject.teachers]
+    files = [networks.load(path, "teacher").require(networks.EDM, "teacher") for path in subject.teachers]
+    for file in files:
+        subject.file.labels.check_order(file.labels.names, f"teacher={file.path}")
+    teachers = [file.average for file in files]
     ensemble = denoisers.Ensemble(teachers, teach.teacher_weight or None)
     teacher = ensemble if len(teachers) > 1 else teachers[0]
     _check_teacher(subject, teacher, trainer)
-    dataset = _dataset(subject, teacher, teach, trainer, class_probs)
+    dataset = _dataset(subject, teacher, teach, trainer)
+    labels = label_laws.choose(teach.labels, subject.file.labels, dataset)
+    if dataset is not None:
+        _check_labels(labels, dataset, trainer)
     entry = registry.entry_for_path(subject.file.path) or {}
 
     def evaluator(names: str | None, recommended: list[str]) -> Evaluator | None:
@@ -184,7 +194,7 @@ def build(subject: Subject, values: dict[str, Any], sources: dict[str, str], dev
         sources,
         device,
         teacher,
-        class_probs,
+        labels,
         dataset,
         at_snapshots,
         at_end,
@@ -217,7 +227,6 @@ def _dataset(
     teacher: torch.nn.Module,
     teach: TeachConfig,
     config: TrainerConfig,
-    class_probs: np.ndarray | None,
 ) -> ImageDataset | None:
     """What `data` names, checked against the generator, or where it may be, the teacher."""
     if teach.data is None and config.needs_reference:
@@ -253,10 +262,26 @@ def _dataset(
         raise InputError(
             f"data={teach.data} has {dataset.label_dim} classes, but the generator is conditional on {classes}"
         )
-    drawn = np.ones(classes) if class_probs is None else class_probs
-    if classes and (missing := np.flatnonzero((dataset.class_frequencies() == 0) & (drawn > 0))).size:
-        raise InputError(f"data={teach.data} has no image of class {missing[0]}, which the generator draws")
+    subject.file.labels.check_order(dataset.class_names, f"data={teach.data}")
     return dataset
+
+
+def _check_labels(labels: LabelLaw, dataset: ImageDataset, config: TrainerConfig) -> None:
+    """Check that there are teacher-side images for all labels that the generator draws."""
+    if not labels.label_dim:
+        return
+    theirs = dataset.label_law()
+    if labels.has_classes and theirs.class_frequencies is not None:
+        absent = [number for number in labels.present if number not in set(theirs.present)]
+        if absent:
+            raise InputError(
+                f"data={dataset.path} has no image of class {absent[0]}, which the generator draws; give other `labels`"
+            )
+    elif config.needs_reference and labels.content != theirs.content:
+        raise InputError(
+            f"data={dataset.path} has other label vectors than the generator draws; give labels=dataset, which draws "
+            "them as often as the data have them"
+        )
 
 
 def make_trainer(job: Job, batch_gpu: int | None = None) -> tuple[Trainer, Stream | None]:
@@ -280,7 +305,9 @@ def make_trainer(job: Job, batch_gpu: int | None = None) -> tuple[Trainer, Strea
         pipe = None if pipe is None else pipe.to(device)
         critic = Critic(copy.deepcopy(subject.discriminator).to(device), config.gamma, pipe)
     bridge = Bridge(*own, *theirs) if own != theirs else None
-    return Trainer(generator, teacher, config, bridge=bridge, reference=stream, critic=critic), stream
+    return Trainer(
+        generator, teacher, config, bridge=bridge, reference=stream, critic=critic, labels=job.labels
+    ), stream
 
 
 def _image(net: Any) -> tuple[int, int]:

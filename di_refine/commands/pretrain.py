@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from di_refine.files.datasets import ImageDataset, Stream
     from di_refine.generators import NetworkSampler
+    from di_refine.labels import LabelLaw
     from di_refine.metrics.evaluate import Evaluator
     from di_refine.runs.loop import Trainable
 
@@ -45,7 +46,7 @@ class Material:
         seed: of everything random.
         device: where to compute.
         dataset: the images.
-        label_dim: classes of the network that is trained.
+        labels: the labels of the network that is trained, as its file keeps them.
         stream: the images as trainers want them.
         evaluator, final_evaluator: measure snapshots, and the last network; None measures nothing.
     """
@@ -58,7 +59,7 @@ class Material:
     seed: int
     device: torch.device
     dataset: ImageDataset
-    label_dim: int
+    labels: LabelLaw
     stream: Stream
     evaluator: Evaluator | None
     final_evaluator: Evaluator | None
@@ -69,8 +70,15 @@ class Material:
         return {
             "resolution": self.dataset.resolution,
             "channels": self.dataset.num_channels,
-            "label_dim": self.label_dim,
+            "label_dim": self.labels.label_dim,
         }
+
+    @property
+    def kept_labels(self) -> dict[str, Any]:
+        """What the network's file says of the labels, for commands that draw some."""
+        from di_refine.labels import KEY
+
+        return {KEY: self.labels.record()} if self.labels.label_dim else {}
 
     @property
     def dataset_kwargs(self) -> dict[str, Any]:
@@ -79,7 +87,7 @@ class Material:
         return {
             "class_name": "training.dataset.ImageFolderDataset",
             "path": os.path.abspath(self.dataset.path),
-            "use_labels": self.label_dim > 0,
+            "use_labels": self.labels.label_dim > 0,
             "max_size": len(self.dataset) // copies,
             "xflip": self.dataset.mirror,
             "resolution": self.dataset.resolution,
@@ -93,7 +101,9 @@ class Material:
             "command": self.kind,
             **recorded(*self.settings),
             "device": str(self.device),
-            "label_dim": self.label_dim,
+            "label_dim": self.labels.label_dim,
+            "label_law": self.labels.content,
+            "class_names": list(self.labels.names),
             "images": len(self.dataset),
         }
 
@@ -122,6 +132,7 @@ def load(kind: str, parts: tuple[type[Settings], ...], values: dict[str, Any], d
     from di_refine.commands.training import make_evaluator
     from di_refine.files import registry
     from di_refine.files.datasets import ImageDataset, Stream
+    from torch_utils import distributed
 
     settings = tuple(make(part, values) for part in parts)
     own, measure = make(PretrainConfig, values), make(MeasureConfig, values)
@@ -130,18 +141,22 @@ def load(kind: str, parts: tuple[type[Settings], ...], values: dict[str, Any], d
     dataset = ImageDataset(registry.resolve(own.data, "data"), mirror=own.mirror)
     if own.cond and not dataset.has_labels:
         raise InputError(f"`cond` needs labels, and data={own.data} has none; add them, or give --no-cond")
-    label_dim = dataset.label_dim if own.cond in (None, True) else 0
-    if label_dim:
+    conditional = dataset.has_labels and own.cond in (None, True)
+    if conditional:
         note_absent_classes(dataset)
     batch, seed = values["batch"], values["seed"]
-    stream = Stream(dataset, batch, seed, device, own.workers, label_dim > 0, as_float=False)
+    stream = Stream(dataset, batch, seed, device, own.workers, conditional, as_float=False)
+    kept = stream.labels.kept()
+    if kept is not stream.labels and distributed.is_first():
+        num, most = len(kept.present), len(stream.labels.present)
+        terminal.say(f"note: the network's file keeps {num} of {most} label vectors; metrics draw from those")
     evaluator, final = (
         make_evaluator(names, [], measure.ref or dataset, measure, device, own.workers)
         for names in (measure.metrics, measure.final_metrics)
     )
     if evaluator is None and loop.stop_if_worse:
         raise InputError("`stop_if_worse` goes by the first metric, and there is none; give `metrics`")
-    return Material(kind, settings, loop, run, measure, seed, device, dataset, label_dim, stream, evaluator, final)
+    return Material(kind, settings, loop, run, measure, seed, device, dataset, kept, stream, evaluator, final)
 
 
 def note_absent_classes(dataset: ImageDataset) -> None:
@@ -149,7 +164,7 @@ def note_absent_classes(dataset: ImageDataset) -> None:
     from di_refine.files.datasets import absent_classes
     from torch_utils import distributed
 
-    absent = absent_classes(dataset.class_counts()) if dataset.has_classes else None
+    absent = absent_classes(dataset.class_counts(), dataset.class_names) if dataset.has_classes else None
     if absent and distributed.is_first():
         terminal.say(f"note: {dataset.setting}={dataset.path}: {absent}")
 
@@ -174,6 +189,7 @@ def train(
         status: name in the trainer's statistics -> short name, for the status lines.
         dry_run: check everything and print the record instead.
     """
+    from di_refine.commands import report
     from di_refine.commands.training import Session
     from di_refine.files import pictures
     from di_refine.runs.loop import Snapshot, measure
@@ -182,11 +198,14 @@ def train(
     dataset, seed = material.dataset, material.seed
     final = material.final_evaluator
     evaluators = [evaluator for evaluator in (material.evaluator, final) if evaluator is not None]
-    conditional = "-cond" if material.label_dim else ""
+    conditional = "-cond" if material.labels.label_dim else ""
 
     def picture(path: Path) -> None:
-        samples, _ = sampler(net)(0, 64, seed)
-        pictures.save_grid(path, samples, scale=max(1, 32 // dataset.resolution))
+        if material.labels.names and material.labels.has_classes:
+            report.save_class_grid(path, sampler(net))
+        else:
+            samples, _ = sampler(net)(0, 64, seed)
+            pictures.save_grid(path, samples, scale=max(1, 32 // dataset.resolution))
 
     session = Session(
         trainer=trainer,
@@ -222,6 +241,7 @@ def train(
         "parameters": sum(p.numel() for p in net.parameters()),
         "images_per_sec": loop.images_per_sec,
         "minutes": loop.train_seconds / 60,
+        "labels": material.labels.described,
         **results,
     }
     if loop.best is not None:
@@ -257,13 +277,14 @@ def teacher(dry_run, device, **values):
         return train(
             material,
             trainer,
-            lambda average: DiffusionSampler(average, place, class_probs=class_probs(material)),
+            lambda average: DiffusionSampler(average, place, law=material.labels),
             trainer.ema,
             networks=lambda: {
                 "ema": trainer.ema,
                 "loss_fn": None,
                 "augment_pipe": None,
                 "dataset_kwargs": material.dataset_kwargs,
+                **material.kept_labels,
             },
             status={"loss": "loss", "grad_norm": "|g|"},
             dry_run=dry_run,
@@ -295,10 +316,11 @@ def gan(dry_run, device, **values):
         return train(
             material,
             trainer,
-            lambda average: GeneratorSampler(StyleGAN2Generator(average), place, class_probs=class_probs(material)),
+            lambda average: GeneratorSampler(StyleGAN2Generator(average), place, law=material.labels),
             trainer.G_ema,
             networks=lambda: {
                 "training_set_kwargs": material.dataset_kwargs,
+                **material.kept_labels,
                 "G": trainer.G,
                 "D": trainer.D,
                 "G_ema": trainer.G_ema,
@@ -307,11 +329,6 @@ def gan(dry_run, device, **values):
             status={"loss_G": "G", "loss_D": "D", "r1_penalty": "R1", "augment_p": "p"},
             dry_run=dry_run,
         )
-
-
-def class_probs(material: Material) -> Any:
-    """How often the classes are in the data, `[label_dim]`; None without labels."""
-    return material.dataset.class_frequencies() if material.label_dim else None
 
 
 @main.command()
@@ -342,6 +359,8 @@ def features(dry_run, device, **values):
     for part in filter(None, (dataset, test)):
         if not part.has_labels:
             raise InputError(f"{part.setting}={part.path} has no labels, which a classifier needs; see dataset_tool.py")
+        if not part.has_classes:
+            raise InputError(f"{part.setting}={part.path} has label vectors, and a classifier needs one class an image")
         note_absent_classes(part)
     if test is not None:
         test.check_compatible(dataset.resolution, dataset.num_channels, what="data set of --data")

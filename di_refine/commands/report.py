@@ -38,15 +38,19 @@ def finish(job: Job, loop: Loop, net: torch.nn.Module, directory: RunDirectory) 
         _print(job, loop, rows, directory)
 
 
-def class_grid(sampler: NetworkSampler, rows: int = 8) -> torch.Tensor:
-    """Samples from fixed latents, uint8 `[10 rows, C, R, R]`, for ten columns that are classes where there are any."""
-    seeds, classes = list(range(COLUMNS * rows)), sampler.label_dim
-    labels = torch.zeros(len(seeds), classes)
-    if classes:
+def class_grid(sampler: NetworkSampler, rows: int = 8) -> tuple[torch.Tensor, pictures.Titles]:
+    """Samples from fixed latents, uint8 `[10 rows, C, R, R]`, and titles of the ten columns.
+
+    The columns are classes where there are any; those that are never drawn are left out.
+    """
+    seeds, law = list(range(COLUMNS * rows)), sampler.law
+    labels = law.of_seeds(seeds)
+    if law.label_dim and law.has_classes:
+        present = torch.tensor(law.present)
         columns = torch.arange(COLUMNS)
-        columns = columns * classes // COLUMNS if classes > COLUMNS else columns % classes
-        labels[torch.arange(len(seeds)), columns.repeat(rows)] = 1
-    return pictures.to_uint8(sampler.images(seeds, labels))
+        columns = columns * len(present) // COLUMNS if len(present) > COLUMNS else columns % len(present)
+        labels = torch.eye(law.label_dim)[present[columns].repeat(rows)]
+    return pictures.to_uint8(sampler.images(seeds, labels)), law.titles(labels, COLUMNS, pictures.is_drawable)
 
 
 def _final_rows(
@@ -72,13 +76,20 @@ def _final_rows(
     return rows
 
 
+def save_class_grid(path: Path, sampler: NetworkSampler) -> None:
+    """Write `class_grid` as a picture in which small images are enlarged."""
+    samples, titles = class_grid(sampler)
+    pictures.save_grid(path, samples, COLUMNS, scale=max(1, 32 // sampler.resolution), titles=titles)
+
+
 def _before_after(job: Job, path: Path, rows: dict[str, dict[str, float]], net: torch.nn.Module) -> None:
     panels = []
     for row, which in zip(job.subject.rows.values(), (job.subject.file.average, net)):
         values = "  ".join(f"{name} {value:.3g}" for name, value in list(rows.get(row, {}).items())[:1])
         title = row.removesuffix(" (last)")
-        panels.append((f"{title}\n{values}" if values else title, class_grid(job.sampler(which, "const"))))
-    pictures.save_side_by_side(path, panels, columns=COLUMNS)
+        samples, titles = class_grid(job.sampler(which, "const"))
+        panels.append((f"{title}\n{values}" if values else title, samples))
+    pictures.save_side_by_side(path, panels, columns=COLUMNS, titles=titles)
 
 
 def _print(job: Job, loop: Loop, rows: dict[str, dict[str, float]], directory: RunDirectory) -> None:
@@ -90,6 +101,7 @@ def _print(job: Job, loop: Loop, rows: dict[str, dict[str, float]], directory: R
         "images_per_sec": loop.images_per_sec,
         "kimg": loop.trainer.nimg / 1000,
         "stopped": loop.stopped,
+        "labels": job.labels.described,
     }
     if rows:
         names = list(next(iter(rows.values())))

@@ -9,6 +9,8 @@ import click
 
 from di_refine import terminal
 from di_refine.commands import cli
+from di_refine.commands.config import LabelsConfig
+from di_refine.commands.options import options
 from di_refine.errors import InputError
 
 
@@ -19,12 +21,8 @@ from di_refine.errors import InputError
     "--steps", type=cli.POSITIVE_INT, default=18, help="Take this many steps of EDM's deterministic Heun sampler."
 )
 @click.option("--dest", metavar="FILE.zip", help="Write the data set to this file.  [default: one in the cache folder]")
-@click.option(
-    "--class-freq",
-    default="uniform",
-    metavar="uniform|LIST|DATA",
-    help="Draw classes equally often, by a list of frequencies such as 1,1,2, or as often as in a data set.",
-)
+@options(LabelsConfig)
+@cli.class_option
 @click.option("--seed", type=cli.NON_NEGATIVE_INT, default=0, help="Draw latents and classes from this seed.")
 @click.option(
     "--batch",
@@ -36,19 +34,18 @@ from di_refine.errors import InputError
     "--overwrite/--no-overwrite", default=False, help="Draw the images anew even if the file is there, and replace it."
 )
 @cli.device_option
-def main(teacher, num, steps, dest, class_freq, seed, batch, overwrite, device):
+def main(teacher, num, steps, dest, labels, label, seed, batch, overwrite, device):
     """Draw images from a diffusion model into a data set: a zip of PNG files with their classes in dataset.json.
 
     \b
     python -m di_refine sample-teacher --teacher=edm-digits-16x16-cond.pkl --num=5000
-    python -m di_refine sample-teacher --teacher=edm.pkl --dest=samples.zip --class-freq=train.zip --device=cuda
+    python -m di_refine sample-teacher --teacher=edm.pkl --dest=samples.zip --labels=train.zip --device=cuda
 
     Without --dest the file is kept in the cache folder and taken from there when the same samples are asked for again.
     Image i depends on the seed and i alone, so a larger --num begins with the same images.
     """
     # What imports PyTorch is imported here, because --help must not wait for it.
-    from di_refine.denoisers import load_denoiser
-    from di_refine.files import registry, teacher_samples
+    from di_refine.files import label_laws, networks, registry, teacher_samples
     from di_refine.files.download import sha256_of
     from di_refine.generators import DiffusionSampler
 
@@ -56,13 +53,16 @@ def main(teacher, num, steps, dest, class_freq, seed, batch, overwrite, device):
     if dest is not None and not dest.lower().endswith(".zip"):
         raise InputError(f"--dest={dest} must end in .zip")
     path = registry.resolve(teacher, setting="teacher", kind="edm")
-    net = load_denoiser(path)
-    probs = teacher_samples.class_probs(class_freq, net.label_dim)
-    settings = teacher_samples.sample_settings(path, num, steps, seed, probs)
+    file = networks.load(path, "teacher").require(networks.EDM, "teacher")
+    net = file.average
+    law = label_laws.choose(labels, file.labels, label=label)
+    settings = teacher_samples.sample_settings(path, num, steps, seed, law)
     kept = dest is None
     dest = teacher_samples.cached_path(path, settings) if kept else Path(dest)
     cli.check_outfile(dest, "DI_REFINE_CACHE" if kept else "--dest", overwrite or kept)
 
+    if law.sentence:
+        terminal.say(f"note: {law.sentence}")
     reused = kept and not overwrite and teacher_samples.is_made(dest, settings)
     start = time.monotonic()
     if reused:
@@ -70,7 +70,7 @@ def main(teacher, num, steps, dest, class_freq, seed, batch, overwrite, device):
         with suppress(OSError):  # the newest file is the one that was asked for last
             os.utime(dest)
     else:
-        sampler = DiffusionSampler(net, device, steps, class_probs=probs, chunk=min(batch, num))
+        sampler = DiffusionSampler(net, device, steps, law=law, chunk=min(batch, num))
         teacher_samples.sample(sampler, dest, num, seed, settings)
     seconds = time.monotonic() - start
     terminal.print_result(
@@ -81,6 +81,7 @@ def main(teacher, num, steps, dest, class_freq, seed, batch, overwrite, device):
             "resolution": net.img_resolution,
             "channels": net.img_channels,
             "classes": net.label_dim,
+            "labels": law.described,
             "steps": steps,
             "seed": seed,
             "teacher": path,

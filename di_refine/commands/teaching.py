@@ -8,7 +8,6 @@ from di_refine import terminal
 from di_refine.commands import report
 from di_refine.commands.job import Job, make_trainer
 from di_refine.commands.training import Session
-from di_refine.files import pictures
 from di_refine.files.datasets import Stream
 from di_refine.generators import NetworkSampler
 from di_refine.metrics.evaluate import Evaluator
@@ -33,7 +32,7 @@ def dry_run(job: Job) -> int:
         "training-state": min(job.loop.keep + 1, ticks),
     }
     files = {}
-    for name, size in memory.file_sizes(trainer, job.subject.snapshot(trainer)).items():
+    for name, size in memory.file_sizes(trainer, job.snapshot(trainer)).items():
         files[name] = {"at_most": counts[name], "gib_each": memory.gib(size)}
         terminal.say(f"files: at most {counts[name]} {name} of {memory.gib(size):g} GiB each")
     needs["trained_parameters"] = memory.trained_parameters(trainer)
@@ -48,7 +47,8 @@ def run(job: Job) -> int:
 
     Progress goes to stderr. Of several processes all call it, and the first speaks.
     """
-    notes = [f"warning: {warning}" for warning in (job.evaluator.warnings if job.evaluator else ())]
+    notes = [job.labels.sentence] if job.labels.sentence else []
+    notes += [f"warning: {warning}" for warning in (job.evaluator.warnings if job.evaluator else ())]
     if job.trainer.batch_gpu == "auto":
         share = distributed.share(job.trainer.batch)
         images, how = memory.choose(lambda n: make_trainer(job, n)[0], share.stop - share.start, job.device)
@@ -71,7 +71,6 @@ def run(job: Job) -> int:
 
 def _session(job: Job, trainer: Trainer, stream: Stream | None) -> Session:
     subject = job.subject
-    scale = max(1, 32 // subject.file.average.img_resolution)
     final = job.final_evaluator
 
     def measured() -> list[tuple[Evaluator, NetworkSampler]]:
@@ -86,11 +85,9 @@ def _session(job: Job, trainer: Trainer, stream: Stream | None) -> Session:
         settings=tuple(type(part) for part in job.settings),
         description=job.run.desc or f"{subject.file.path.stem}-{job.trainer.objective}-batch{job.trainer.batch}",
         record=job.record(),
-        networks=lambda: subject.snapshot(trainer),
+        networks=lambda: job.snapshot(trainer),
         sampler=lambda: job.sampler(trainer.ema.net),
-        picture=lambda path: pictures.save_grid(
-            path, report.class_grid(job.sampler(trainer.ema.net, "const")), columns=10, scale=scale
-        ),
+        picture=lambda path: report.save_class_grid(path, job.sampler(trainer.ema.net, "const")),
         status={"score_loss": "score", "score_gap": "|Dp-Dq|", "ratio_loss": "ratio", "generator_grad_norm": "|g|"},
         evaluator=job.evaluator,
         measured=measured,

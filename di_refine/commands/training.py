@@ -17,7 +17,7 @@ from di_refine.runs.loop import Loop, Trainable, measure
 from torch_utils import distributed
 from torch_utils.settings import Settings, declared, may_change
 
-FACTS = frozenset(["network_file", "teacher_files", "data_file", "sources", "torch", "device"])
+FACTS = frozenset(["network_file", "teacher_files", "data_file", "labels_from", "sources", "torch", "device"])
 """What `training_options.json` records besides settings, and what may be otherwise when a run is continued."""
 
 

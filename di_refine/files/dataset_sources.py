@@ -56,10 +56,12 @@ class Source:
 
     @property
     def num_classes(self) -> int:
-        """The largest class number plus one, the length of label vectors, or 0 without labels."""
+        """The largest class number plus one, or as many as have names; length of label vectors; 0 without labels."""
         if not self.labels:
             return 0
-        return len(self.labels[0]) if isinstance(self.labels[0], list) else max(self.labels) + 1
+        if isinstance(self.labels[0], list):
+            return len(self.labels[0])
+        return max(max(self.labels) + 1, len(self.classes or ()))
 
 
 def open_source(source: str, labels: str) -> Source:

@@ -5,10 +5,11 @@ A data set is a zip file or a folder of images, PNG as a rule, in sub-folders or
     {"labels": [["00000/img00000000.png", 6], ["00000/img00000001.png", 9], ...]}
 
 A label is a class number or a list of numbers; `"labels": null` means there are none. `"classes"` may be a list of the
-classes' names. Other keys are ignored.
+names of classes, or of the numbers in a list. Other keys are ignored.
 """
 
 import copy
+import functools
 import hashlib
 import os
 import signal
@@ -25,6 +26,7 @@ from di_refine import terminal
 from di_refine.errors import InputError
 from di_refine.files import decoding
 from di_refine.files.image_files import DamagedImages, open_files
+from di_refine.labels import DATASET, LabelLaw
 from torch_utils import distributed
 from torch_utils.misc import derive_seed
 
@@ -60,13 +62,18 @@ def label_array(values: Sequence[Any], names: Sequence[str], path: Path) -> np.n
     return vectors
 
 
-def absent_classes(counts: Sequence[int] | np.ndarray) -> str | None:
+def absent_classes(counts: Sequence[int] | np.ndarray, names: Sequence[str] | None = None) -> str | None:
     """Say which classes have no image; None where all have some.
 
     Args:
         counts: images of each class.
+        names: of the classes, where they have any.
     """
-    absent = [str(number) for number, count in enumerate(counts) if count == 0]
+    absent = [
+        f"{number} ({names[number]})" if names and number < len(names) else str(number)
+        for number, count in enumerate(counts)
+        if count == 0
+    ]
     if not absent:
         return None
     shown = ", ".join(absent[:10]) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
@@ -95,8 +102,15 @@ class ImageDataset:
         if distributed.is_first():
             for note in self.files.notes():
                 terminal.say(f"note: {self.path}: {note}")
-        #: Number of classes (largest class number plus one) or length of the label vectors; 0 without labels.
-        self.label_dim = int(self._labels.max()) + 1 if self._labels.ndim == 1 else self._labels.shape[1]
+        #: Number of classes (largest class number plus one, or as many as have names) or length of the label vectors; 0
+        #: without labels.
+        self.label_dim = self._labels.shape[1] if self._labels.ndim == 2 else int(self._labels.max()) + 1
+        names = self.files.class_names() if self.label_dim else None
+        if names and self._labels.ndim == 1:
+            self.label_dim = max(self.label_dim, min(len(names), MAX_CLASSES))
+            names = [*names, *("" for _ in range(self.label_dim - len(names)))]
+        #: What class numbers, or the numbers in label vectors, mean; empty where the data set does not say.
+        self.class_names = tuple(names) if names and len(names) == self.label_dim else ()
 
     def _check_headers(self) -> tuple[int, int]:
         headers = {}
@@ -162,7 +176,7 @@ class ImageDataset:
         """Return the number of images of each class, int64 [label_dim] (empty without labels).
 
         Raises:
-            InputError: the labels are vectors other than one-hot, not classes.
+            InputError: the labels are vectors other than one-hot, so they have no classes.
         """
         if not self.has_labels:
             return np.zeros(0, np.int64)
@@ -172,13 +186,12 @@ class ImageDataset:
             return self._labels.sum(axis=0, dtype=np.float64).astype(np.int64)
         return np.bincount(self._labels, minlength=self.label_dim)
 
-    def class_frequencies(self) -> np.ndarray:
-        """Return the share of each class, float64 [label_dim], summing to 1 (empty without labels).
-
-        Raises:
-            InputError: as `class_counts`.
-        """
-        return self.class_counts() / len(self._names)
+    def label_law(self) -> LabelLaw:
+        """Return the law that draws labels as often as images have them."""
+        about: dict[str, Any] = {"names": self.class_names, "origin": DATASET, "where": str(self.path)}
+        if self.has_labels and not self.has_classes:
+            return LabelLaw.of_rows(self._labels, **about)
+        return LabelLaw(self.label_dim, self.class_counts().astype(np.float64), **about)
 
     def check_compatible(
         self, resolution: int, num_channels: int, label_dim: int | None = None, what: str = "network"
@@ -373,10 +386,19 @@ class Stream:
         self._labels, self._as_float = labels and dataset.has_labels, as_float
         self.seconds = 0.0
 
+    @functools.cached_property
+    def labels(self) -> LabelLaw:
+        """The law of the data's labels."""
+        return self._dataset.label_law() if self._labels else LabelLaw(0)
+
     @property
     def class_frequencies(self) -> np.ndarray | None:
-        """The share of each class, `[label_dim]`, or None without labels."""
-        return self._dataset.class_frequencies() if self._labels else None
+        """The share of each class, `[label_dim]`; None without labels, and where they are vectors."""
+        return self.labels.class_frequencies if self._labels else None
+
+    def draw_labels(self, n: int, rng: torch.Generator) -> torch.Tensor:
+        """Labels `[n, label_dim]` for generated images, drawn as often as the data have them."""
+        return self.labels.draw(n, rng)
 
     def __call__(self, start_nimg: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Give images `[share, C, R, R]` and labels `[share, label_dim]` without end."""

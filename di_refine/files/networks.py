@@ -13,6 +13,7 @@ from di_refine.edm.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecon
 from di_refine.errors import InputError
 from di_refine.files import foreign, safetensors_pair
 from di_refine.files.run_files import RunFiles
+from di_refine.labels import KEY, LabelLaw
 from stylegan2_ada.networks import Generator
 from torch_utils import distributed, persistence
 
@@ -41,12 +42,14 @@ class NetworkFile:
         average: the averaged network, a module, which is the one to use.
         networks: all that the file holds, by its keys; what is not needed and of no use here as the file has it.
         sigmas: the noise levels of a distilled generator, one per step; None for other kinds.
+        labels: what its labels are drawn from: what the file says, or where it says nothing, all classes equally often.
     """
 
     path: Path
     kind: str
     average: Any
     networks: dict[str, Any]
+    labels: LabelLaw
     sigmas: list[float] | None = None
 
     def require(self, kind: str, setting: str) -> "NetworkFile":
@@ -84,7 +87,8 @@ def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
     average = networks.get("G_ema")
     if isinstance(average, Generator):
         _check_room(average, path, setting)
-        return NetworkFile(Path(path), STYLEGAN2, average, networks)
+        labels = _labels(networks, average.c_dim, path, setting)
+        return NetworkFile(Path(path), STYLEGAN2, average, networks, labels)
     # Some tools call the average of a diffusion model G_ema, as StyleGAN2 does.
     average = networks.get("ema", average)
     if isinstance(average, DENOISERS):
@@ -96,7 +100,8 @@ def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
                 f"`{setting}`: the distilled_sigmas in {path} are no list of 1 to {MAX_STEPS} falling noise levels"
             )
         kind = DISTILLED if sigmas is not None else ONE_STEP if "Sg" in networks else EDM
-        return NetworkFile(Path(path), kind, average, networks, sigmas)
+        labels = _labels(networks, average.label_dim, path, setting)
+        return NetworkFile(Path(path), kind, average, networks, labels, sigmas)
     neither = f"{path} holds neither a StyleGAN2 generator (G_ema) nor an EDM network (ema)"
     raise InputError(f"`{setting}`: {foreign.explained(neither, path)}")
 
@@ -114,6 +119,20 @@ def _check_levels(net: Any, path: str | os.PathLike, setting: str) -> None:
 def _falling(sigmas: list[Any]) -> bool:
     numbers = all(type(sigma) in (int, float) and 0 < sigma < math.inf for sigma in sigmas)
     return numbers and all(high > low for high, low in zip(sigmas, sigmas[1:]))
+
+
+def _labels(networks: dict[str, Any], label_dim: int, path: str | os.PathLike, setting: str) -> LabelLaw:
+    """The law of labels that a file keeps.
+
+    Raises:
+        InputError: what it keeps is no law for the network.
+    """
+    if networks.get(KEY) is None:
+        return LabelLaw(label_dim)
+    try:
+        return LabelLaw.from_record(networks[KEY], label_dim)
+    except InputError as error:
+        raise InputError(f"`{setting}`: the {KEY} in {path} cannot be used: {error}") from None
 
 
 def _check_room(net: Any, path: str | os.PathLike, setting: str) -> None:

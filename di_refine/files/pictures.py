@@ -20,6 +20,12 @@ Images = torch.Tensor | np.ndarray
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """Number of channels -> Pillow's name for such pictures. PNG holds these and no others."""
 
+Titles = tuple[Sequence[str], Sequence[str]]
+"""What stands above the columns of a grid, and left of its rows; empty for nothing. Equal neighbours share a title."""
+
+MAX_TITLE = 20  # characters
+TITLE_SIZE = 12  # pixels
+
 INK, FAINT_INK, PAPER = (32, 32, 32), (110, 110, 110), (255, 255, 255)
 
 
@@ -47,6 +53,11 @@ def check_channels(channels: int) -> None:
         raise InputError(f"the network makes images of {channels} channels, and a PNG picture holds 1 to {max(MODES)}")
 
 
+def grid_columns(count: int, columns: int | None = None) -> int:
+    """Return how many of `count` images stand in a row if `columns` are asked for; None is about as many as rows."""
+    return min(columns or math.ceil(math.sqrt(count)), count)
+
+
 def make_grid(images: Images, columns: int | None = None, scale: int = 1, gap: int = 0) -> np.ndarray:
     """Arrange images row by row on white.
 
@@ -64,7 +75,7 @@ def make_grid(images: Images, columns: int | None = None, scale: int = 1, gap: i
         raise ValueError(f"expected images [N, 1 to 4, H, W] with N > 0, got shape {list(pixels.shape)}")
     pixels = pixels.repeat(scale, axis=2).repeat(scale, axis=3)
     count, channels, height, width = pixels.shape
-    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    columns = grid_columns(count, columns)
     rows = math.ceil(count / columns)
     padded = np.full((rows * columns, channels, height + gap, width + gap), 255, np.uint8)
     padded[:count, :, :height, :width] = pixels
@@ -79,10 +90,16 @@ def save_png(path: str | os.PathLike, image: Images) -> None:
 
 
 def save_grid(
-    path: str | os.PathLike, images: Images, columns: int | None = None, scale: int = 1, gap: int = 0
+    path: str | os.PathLike,
+    images: Images,
+    columns: int | None = None,
+    scale: int = 1,
+    gap: int = 0,
+    titles: Titles = ((), ()),
 ) -> None:
-    """Write `make_grid(...)` as a PNG, atomically; its folder must exist."""
-    _save(path, _to_pillow(make_grid(images, columns, scale, gap)))
+    """Write `make_grid(...)`, with titles of columns or rows, as a PNG, atomically; its folder must exist."""
+    step = images.shape[-1] * scale + gap
+    _save(path, _titled(_to_pillow(make_grid(images, columns, scale, gap)), titles, step))
 
 
 def save_side_by_side(
@@ -91,6 +108,7 @@ def save_side_by_side(
     columns: int | None = None,
     scale: int | None = None,
     width: int = 320,
+    titles: Titles = ((), ()),
 ) -> None:
     """Write a figure that compares sets of images: a grid each, next to each other, each under its title.
 
@@ -100,19 +118,21 @@ def save_side_by_side(
         columns: images per row within each panel; by default about as many as rows.
         scale: whole-number enlargement of the pixels; by default what brings a panel nearest to `width`.
         width: the width in pixels a panel should have when `scale` is not given.
+        titles: of the columns or rows within each panel.
     """
     gap, margin = 2, 16
     grids = []
     for _, images in panels:
-        per_row = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+        per_row = grid_columns(len(images), columns)
         enlarge = scale or max(1, round((width - gap * (per_row - 1)) / (per_row * images.shape[-1])))
-        grids.append(_on_paper(_to_pillow(make_grid(images, per_row, enlarge, gap))))
+        grid = _to_pillow(make_grid(images, per_row, enlarge, gap))
+        grids.append(_on_paper(_titled(grid, titles, images.shape[-1] * enlarge + gap)))
 
-    titles = [title.split("\n") for title, _ in panels]
+    headings = [title.split("\n") for title, _ in panels]
     fonts = [ImageFont.load_default(size) for size in (18, 14)]
-    lines = [[(text, fonts[min(row, 1)]) for row, text in enumerate(title)] for title in titles]
+    lines = [[(text, fonts[min(row, 1)]) for row, text in enumerate(title)] for title in headings]
     line_height = 24
-    top = margin + line_height * max(len(title) for title in titles) + 4
+    top = margin + line_height * max(len(title) for title in headings) + 4
     widths = [
         max(grid.width, *(math.ceil(font.getlength(text)) for text, font in title)) for grid, title in zip(grids, lines)
     ]
@@ -128,6 +148,61 @@ def save_side_by_side(
         figure.paste(grid, (left + (panel_width - grid.width) // 2, top))
         left += panel_width + 2 * margin
     _save(path, figure)
+
+
+def is_drawable(text: str) -> bool:
+    """Say whether the font of titles has all characters of a text; Pillow's own has those of English."""
+    font = ImageFont.load_default(TITLE_SIZE)
+    missing = bytes(font.getmask("\uffff"))
+    return text.isprintable() and all(char == " " or bytes(font.getmask(char)) != missing for char in text[:MAX_TITLE])
+
+
+def _titled(grid: Image.Image, titles: Titles, step: int) -> Image.Image:
+    """Return a grid with titles above its columns and left of its rows, on paper; without titles the grid as it is.
+
+    Titles of columns that are wider than these are turned.
+
+    Args:
+        grid: the picture.
+        titles: see `Titles`.
+        step: pixels from one image of the grid to the next, in both directions.
+    """
+    if not any(titles):
+        return grid
+    font = ImageFont.load_default(min(TITLE_SIZE, step))
+    spans = [_spans([_shortened(text) for text in line]) for line in titles]
+    labels = [[(_text(text, font), (start + stop) * step // 2) for text, start, stop in line] for line in spans]
+    across = [(label, middle) for label, middle in labels[0]]
+    if any(label.width > (stop - start) * step for (label, _), (_, start, stop) in zip(across, spans[0])):
+        across = [(label.rotate(90, expand=True), middle) for label, middle in across]
+    top = max((label.height for label, _ in across), default=0)
+    left = max((label.width for label, _ in labels[1]), default=0)
+    paper = Image.new("RGB", (left + grid.width, top + grid.height), PAPER)
+    paper.paste(_on_paper(grid), (left, top))
+    for label, middle in across:
+        paper.paste(label, (left + middle - label.width // 2, top - label.height))
+    for label, middle in labels[1]:
+        paper.paste(label, (left - label.width, top + middle - label.height // 2))
+    return paper
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_TITLE else f"{text[: MAX_TITLE - 3].rstrip()}..."
+
+
+def _spans(texts: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return each run of equal neighbours as (text, first, last + 1)."""
+    starts = [i for i, text in enumerate(texts) if i == 0 or text != texts[i - 1]]
+    return [(texts[start], start, stop) for start, stop in zip(starts, [*starts[1:], len(texts)])]
+
+
+def _text(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> Image.Image:
+    """Return a picture of one line of text, with some room around it."""
+    left, top, right, bottom = font.getbbox(text)
+    height = font.getbbox("Xg")[3]
+    picture = Image.new("RGB", (math.ceil(right - left) + 6, math.ceil(max(bottom, height)) + 2), PAPER)
+    ImageDraw.Draw(picture).text((3 - left, 0), text, fill=INK, font=font)
+    return picture
 
 
 def _pixels(images: Images) -> np.ndarray:

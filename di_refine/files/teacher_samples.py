@@ -17,32 +17,32 @@ import torch
 from PIL import Image
 
 from di_refine import terminal
-from di_refine.errors import InputError, RunError
+from di_refine.errors import RunError
 from di_refine.files import registry
 from di_refine.files.dataset_writer import Picture, map_in_order, new_folders, project_version, write_archive
-from di_refine.files.datasets import ImageDataset
 from di_refine.files.download import sha256_of
 from di_refine.files.pictures import to_uint8
+from di_refine.labels import LabelLaw
 from torch_utils.misc import derive_seed, open_atomic
 
 LAYOUT = 1  # to be raised when samples come to be drawn in another way
 
 
 class SeededSampler(Protocol):
-    """A network whose images and classes are functions of seeds, such as `di_refine.generators.NetworkSampler`.
+    """A network whose images and labels are functions of seeds, such as `di_refine.generators.NetworkSampler`.
 
     Attributes:
         device: where it runs.
-        label_dim: number of classes; 0 for an unconditional network.
+        law: what labels are drawn from.
         chunk: images per forward pass.
     """
 
     device: torch.device
-    label_dim: int
+    law: LabelLaw
     chunk: int
 
     def labels(self, seeds: list[int]) -> torch.Tensor:
-        """Return one-hot labels `[len(seeds), label_dim]`."""
+        """Return labels `[len(seeds), label_dim]`."""
         ...
 
     def images(self, seeds: list[int], labels: torch.Tensor) -> torch.Tensor:
@@ -50,51 +50,25 @@ class SeededSampler(Protocol):
         ...
 
 
-def class_probs(text: str | None, classes: int) -> np.ndarray | None:
-    """Return what the setting `class_freq` means for a network: `[classes]` with sum 1, or None for equal frequencies.
-
-    Args:
-        text: 'uniform' or None, numbers separated by commas, or a labelled data set (path, URL or name).
-        classes: number of classes of the network.
-
-    Raises:
-        InputError: the frequencies do not fit.
-    """
-    if text is None or text == "uniform":
-        return None
-    if not classes:
-        raise InputError(f"class_freq={text}: the network has no classes")
-    try:
-        freq = np.array([float(number) for number in text.split(",")])
-    except ValueError:
-        path = registry.resolve(text, setting="class_freq", kind="dataset")
-        freq = ImageDataset(path, setting="class_freq").class_frequencies()
-    if len(freq) != classes:
-        raise InputError(
-            f"class_freq={text} must give {classes} frequencies, one per class of the network, not {len(freq)}"
-        )
-    if not np.isfinite(freq).all() or (freq < 0).any() or freq.sum() <= 0:
-        raise InputError(f"class_freq={text}: frequencies must not be negative, and one must be positive")
-    return freq / freq.sum()
-
-
-def sample_settings(path: Path, num: int, steps: int, seed: int, probs: np.ndarray | None) -> dict[str, Any]:
+def sample_settings(path: Path, num: int, steps: int, seed: int, labels: LabelLaw) -> dict[str, Any]:
     """Return everything that samples depend on; two files with the same settings hold the same images.
 
     Args:
         path: the teacher's file.
         num: number of images.
         steps: steps of the sampler.
-        seed: seed of latents and classes.
-        probs: class frequencies as `class_probs` returns them.
+        seed: seed of latents and labels.
+        labels: what labels are drawn from.
     """
+    frequencies = labels.frequencies if labels.has_classes else None
     return {
         "layout": LAYOUT,
         "teacher_sha256": sha256_of(path),
         "images": num,
         "steps": steps,
         "seed": seed,
-        "class_freq": None if probs is None else probs.tolist(),
+        "class_freq": None if frequencies is None else frequencies.tolist(),
+        **({} if labels.has_classes else {"label_vectors": labels.content}),
     }
 
 
@@ -151,7 +125,7 @@ def sample(sampler: SeededSampler, dest: Path, num: int, seed: int, settings: di
     with new_folders(dest.parent), open_atomic(dest) as file, terminal.progress(num, "sampling", "img") as bar:
         drawn = _draw(sampler, num, seed, labels, bar)
         pictures = map_in_order(_encode, drawn, ahead=sampler.chunk)
-        write_archive(file, pictures, labels if sampler.label_dim else None, record)
+        write_archive(file, pictures, labels if sampler.law.label_dim else None, record, sampler.law.names)
 
 
 def _draw(
@@ -161,17 +135,17 @@ def _draw(
     for start in range(0, num, sampler.chunk):
         indices = range(start, min(start + sampler.chunk, num))
         seeds = [derive_seed(seed, index) for index in indices]
-        one_hot = sampler.labels(seeds)
-        images = sampler.images(seeds, one_hot)
+        drawn = sampler.labels(seeds)
+        images = sampler.images(seeds, drawn)
         if not torch.isfinite(images).all():
             raise RunError(f"the teacher's images are not finite, at images {start} to {indices[-1]}; check its file")
-        if sampler.label_dim:
-            labels += one_hot.argmax(dim=1).tolist()
+        if sampler.law.label_dim:
+            labels += (drawn.argmax(dim=1) if sampler.law.has_classes else drawn).tolist()
         yield from zip(indices, to_uint8(images).cpu().numpy())
         bar.update(len(indices))
-    if labels and max(labels) < sampler.label_dim - 1:
+    if labels and sampler.law.has_classes and max(labels) < sampler.law.label_dim - 1:
         # Readers take the largest class number for the last class. Where that was not drawn, vectors tell.
-        labels[:] = np.eye(sampler.label_dim)[labels].tolist()
+        labels[:] = np.eye(sampler.law.label_dim)[labels].tolist()
 
 
 def _encode(numbered: tuple[int, np.ndarray]) -> Picture:

@@ -49,6 +49,7 @@ class Collector:
             labels: one-hot, [n, label_dim]; None without labels.
 
         Raises:
+            InputError: there are label vectors where classes are needed.
             RunError: the network gave values that are not finite.
         """
         images = images[: max(self._limit - first, 0)]
@@ -63,7 +64,10 @@ class Collector:
         self.net.check_finite(probabilities, first)
         self.probabilities.append(probabilities.cpu().numpy())
         if self._wants_hits:
-            wanted = torch.as_tensor(labels)[: len(images)].argmax(dim=1).cpu()
+            asked = torch.as_tensor(labels)[: len(images)].cpu()
+            wanted = asked.argmax(dim=1)
+            if not torch.equal(asked, torch.nn.functional.one_hot(wanted, asked.shape[1]).to(asked.dtype)):
+                raise InputError(f"acc{'@' + self.net.identity.name} needs images of one class each, not label vectors")
             self.hits.append((probabilities.argmax(dim=1).cpu() == wanted).numpy())
 
     def gather(self, ranks: Ranks) -> None:

@@ -38,6 +38,7 @@ def summarise(source: str, results: Sequence[MetricResult]) -> dict[str, Any]:
         "interval": {key: bounds for key, values in series.items() if (bounds := interval(values))},
         "values": series,
         "seeds": [result.seed for result in results],
+        "labels": first.labels,
         "num_images": first.num_images,
         "resolution": first.resolution,
         "detector": first.detector.as_dict(),
@@ -68,7 +69,7 @@ def add_differences(summaries: Sequence[dict[str, Any]]) -> None:
 
 def rows(summaries: Sequence[dict[str, Any]]) -> tuple[list[list], list[str]]:
     """Return table rows and header: metric by metric, the sources in the order given, without empty columns."""
-    columns = ["source", "metric", "value", "sd", "min", "95% interval", "delta", "95% of delta"]
+    columns = ["source", "metric", "labels", "value", "sd", "min", "95% interval", "delta", "95% of delta"]
     table = []
     for metric in dict.fromkeys(summary["metric"] for summary in summaries):
         for summary in (summary for summary in summaries if summary["metric"] == metric):
@@ -78,6 +79,7 @@ def rows(summaries: Sequence[dict[str, Any]]) -> tuple[list[list], list[str]]:
                     [
                         summary["source"],
                         key,
+                        summary["labels"],
                         mean,
                         summary["sd"].get(key),
                         summary["min"][key] if several else None,

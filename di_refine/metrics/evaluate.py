@@ -198,6 +198,8 @@ class Evaluator:
                     f"{spec.name} compares requested with recognised classes; there are {sampler.label_dim} and "
                     f"{net.identity.num_classes}"
                 )
+            if spec.needs & Needs.CLASSES and sampler.law is not None and not sampler.law.has_classes:
+                raise InputError(f"{spec.name} compares one class with another, and the network has label vectors")
             if spec.detector not in self._sources:
                 continue
             known = known_about(self._sources[spec.detector])
@@ -266,6 +268,7 @@ class Evaluator:
                 reference=self._describe_reference(spec),
                 seconds=seconds,
                 num_gpus=ranks.size,
+                labels=None if sampler.law is None else sampler.law.described,
             )
             for spec, value in zip(specs, values)
         ]

@@ -26,6 +26,7 @@ class MetricResult:
         reference: where the reference statistics come from: their count, data set and hashes, as far as known.
         seconds: duration of the pass that measured it, together with all other metrics of that pass.
         num_gpus: how many processes shared the pass.
+        labels: what the labels were drawn from, see `LabelLaw.described`; None where none were drawn.
     """
 
     name: str
@@ -38,6 +39,7 @@ class MetricResult:
     reference: dict[str, Any]
     seconds: float
     num_gpus: int = 1
+    labels: str | None = None
 
     @property
     def value(self) -> float | tuple[float, ...]:
@@ -64,6 +66,7 @@ class MetricResult:
             "timestamp": time.time(),
             "num_images": self.num_images,
             "seed": self.seed,
+            "labels": self.labels,
             "resolution": self.resolution,
             "num_channels": self.num_channels,
             "detector": self.detector.as_dict(),

@@ -1,15 +1,12 @@
 """Where the images to be measured come from: samplers over networks and over images that exist already."""
 
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
 
-from di_refine.errors import InputError
 from di_refine.files.datasets import ImageDataset
-from di_refine.generators import NetworkSampler, load_sampler
+from di_refine.labels import LabelLaw
 
 
 class ImageSampler:
@@ -23,6 +20,7 @@ class ImageSampler:
     def __init__(self, dataset: ImageDataset, workers: int = 2):
         self.dataset = dataset
         self.num_images: int | None = len(dataset)
+        self.law: LabelLaw | None = None
         self.resolution, self.num_channels, self.label_dim = dataset.resolution, dataset.num_channels, dataset.label_dim
         self._workers = max(workers, 1)
         self._pool = ThreadPoolExecutor(self._workers)
@@ -46,36 +44,3 @@ class ImageSampler:
         share = -(-len(wanted) // self._workers)
         parts = (wanted[i : i + share] for i in range(0, len(wanted), share))
         return [self._pool.submit(self.dataset.images, part) for part in parts]
-
-
-def network_sampler(
-    path: str | os.PathLike,
-    labels: str = "uniform",
-    dataset: ImageDataset | None = None,
-    **settings: Any,
-) -> NetworkSampler:
-    """Make a sampler over the network in a file.
-
-    Args:
-        path: a StyleGAN2 or EDM pickle.
-        labels: which classes it draws: 'uniform', 'dataset' (as frequent as in `dataset`), or a class number.
-        dataset: see `labels`.
-        settings: further arguments of `di_refine.generators.load_sampler`.
-
-    Raises:
-        InputError: a setting does not suit the network; the message names it.
-    """
-    sampler = load_sampler(path, **settings)
-    if labels == "dataset":
-        if dataset is None or not dataset.has_labels:
-            raise InputError("labels=dataset needs `data` with labels")
-        if dataset.label_dim != sampler.label_dim:
-            raise InputError(f"labels=dataset: `data` has {dataset.label_dim} classes, {path} {sampler.label_dim}")
-        sampler.class_probs = dataset.class_frequencies()
-    elif labels != "uniform":
-        if not labels.isdecimal():
-            raise InputError(f"`labels` must be uniform, dataset or a class number, not {labels!r}")
-        if int(labels) >= sampler.label_dim:
-            raise InputError(f"labels={labels}: {path} has {sampler.label_dim} classes, counted from 0")
-        sampler.label = int(labels)
-    return sampler

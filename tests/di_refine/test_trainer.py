@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from golden_io import GOLDEN, assert_close
@@ -14,6 +15,7 @@ from di_refine.critic import Critic
 from di_refine.edm.augment import AugmentPipe
 from di_refine.edm.networks import EDMPrecond
 from di_refine.generators import StyleGAN2Generator
+from di_refine.labels import LabelLaw
 from di_refine.noise import EdmGrid, LogNormal
 from di_refine.trainer import SIGMA_EDGES, Trainer, TrainerConfig
 from torch_utils import persistence
@@ -49,7 +51,7 @@ def make_trainer(label_dim: int = 0, student=None, seed: int = 0, **settings) ->
         with torch.no_grad():
             for p in teacher.parameters():
                 p += 0.1 * torch.randn_like(p)
-    laws = {name: settings.pop(name) for name in ("sigma", "score_sigma") if name in settings}
+    laws = {name: settings.pop(name) for name in ("sigma", "score_sigma", "labels") if name in settings}
     config = {**SETTINGS, "seed": seed, **settings}
     return Trainer(generator, teacher, TrainerConfig(**config), student, **laws)
 
@@ -369,8 +371,8 @@ def test_bf16_is_close_and_keeps_float32_weights():
     assert {p.dtype for net in (half.generator, half.student, half.ema) for p in net.parameters()} == {torch.float32}
 
 
-def test_labels_follow_class_probs():
-    trainer = make_trainer(label_dim=4, class_probs=[0.1, 0.0, 0.6, 0.3])
+def test_labels_follow_their_law():
+    trainer = make_trainer(label_dim=4, labels=LabelLaw(4, np.array([1, 0, 6, 3])))
     rng = torch.Generator().manual_seed(0)
     z, labels = trainer.draw(20_000, rng)
     assert z.shape == (20_000, 5) and labels.shape == (20_000, 4)
@@ -436,7 +438,7 @@ def test_a_student_of_ones_own():
         ({"objective": "kl"}, "objective=kl is not possible; it must be one of ikl"),
         ({"teacher_precision": "fp8"}, "precision=fp8 is not possible; it must be one of fp32, bf16, fp16"),
         ({"objective": "f-js"}, "objective=f-js needs a density ratio"),
-        ({"label_dim": 3, "class_probs": [0.5, 0.5]}, "class_probs has 2 entries and the generator 3 classes"),
+        ({"label_dim": 3, "labels": LabelLaw(2)}, "labels of 2 classes are for a generator of 3"),
     ],
     ids=str,
 )
@@ -731,8 +733,9 @@ def test_a_class_that_is_never_drawn_spoils_no_ratio():
     stream = images(4, 3)
     stream.class_frequencies = [0.5, 0.5, 0.0]
     trainer = make_trainer(3)
-    config = TrainerConfig(objective="f-js", batch=4, score_warmup=0, class_probs=[0.25, 0.0, 0.75])
-    trainer = Trainer(trainer.ema.train(), trainer.teacher, config, reference=stream)
+    config = TrainerConfig(objective="f-js", batch=4, score_warmup=0)
+    labels = LabelLaw(3, np.array([1, 0, 3]))
+    trainer = Trainer(trainer.ema.train(), trainer.teacher, config, reference=stream, labels=labels)
     torch.testing.assert_close(trainer._log_prior, torch.tensor([math.log(2), 0.0, 0.0]))
     assert trainer.step()["ratio_loss"].isfinite()
     trainer.check_finite()

@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -10,6 +11,7 @@ import torch
 from di_refine.critic import Critic
 from di_refine.edm.networks import EDMPrecond
 from di_refine.generators import StyleGAN2Generator
+from di_refine.labels import LabelLaw
 from di_refine.noise import EdmGrid, LogNormal
 from di_refine.trainer import Trainer, TrainerConfig
 from stylegan2_ada.networks import Generator
@@ -52,10 +54,11 @@ def stylegan():
     return StyleGAN2Generator(Generator(8, CLASSES, 8, 8, 3, **sizes), noise_mode="const")
 
 
+LABELS = LabelLaw(CLASSES, np.array([5, 2, 3]))
 LAWS = {"score_sigma": LogNormal(), "sigma": EdmGrid(0.002, 80)}
 
 CASES = {
-    "plain": {"objective": "ikl", "class_probs": [0.5, 0.2, 0.3], "max_grad_norm": 1.0},
+    "plain": {"objective": "ikl", "max_grad_norm": 1.0},
     "ratio": {"objective": "f-js", "adversarial_weight": 0.1, "ratio_r1": 0.1},
     "score law": {"objective": "sid", "score_steps": 2},
     "augmented ratio": {"objective": "uni-rkl", "score_steps": 2, "augment": 0.9},
@@ -82,8 +85,9 @@ def make(case="plain", seed=0, **settings):
     critic = Critic(randomized(Linear(3 * 8 * 8, (1,))), gamma=1.0) if case == "mean w" else None
     rates = {"lr": 1e-4, "score_lr": 1e-4, "ratio_lr": 1e-4}
     config = TrainerConfig(**{"batch": BATCH, "ema_kimg": 0.05, "score_warmup": 0, **rates, **CASES[case], **settings})
+    labels = LABELS if case == "plain" else None
     reference = Reference() if config.adversarial_weight or config.objective.startswith(("f-", "uni-")) else None
-    trainer = Trainer(generator, teacher, config, student, reference=reference, critic=critic, **laws)
+    trainer = Trainer(generator, teacher, config, student, reference=reference, critic=critic, labels=labels, **laws)
     if trainer.ratio is not None:
         randomized(trainer.ratio)
     for optimizer in trainer.optimizers.values():
@@ -128,7 +132,7 @@ def refusals():
         trainer.step()
     trainer = make("ratio")
     trainer._log_prior += last
-    with pytest.raises(DistributedError, match=rf"rank {size - 1} .* class frequencies: 1 differs;"):
+    with pytest.raises(DistributedError, match=rf"rank {size - 1} .* labels: 1 differs;"):
         trainer.step()
 
 

@@ -101,7 +101,7 @@ def test_all_stages(tmp_path, images, run):
 def _check_split(workdir, images):
     whole, train, held_out = (ImageDataset(path) for path in (images, workdir / "train.zip", workdir / "heldout.zip"))
     assert len(train) == 54 and len(held_out) == 6
-    assert np.array_equal(held_out.class_frequencies(), np.ones(3) / 3)
+    assert np.array_equal(held_out.label_law().class_frequencies, np.ones(3) / 3)
     pixels = [part.decode_all().reshape(len(part), -1) for part in (whole, train, held_out)]
     both = np.concatenate(pixels[1:])
     assert np.array_equal(np.unique(both, axis=0), np.unique(pixels[0], axis=0)), "the parts are the whole"

@@ -73,4 +73,4 @@ def test_what_cannot_be_made(package, tmp_path):
 def test_the_shipped_data_set():
     dataset = ImageDataset(registry.resolve("emoji-16x16"))
     assert (len(dataset), dataset.resolution, dataset.num_channels, dataset.label_dim) == (1152, 16, 3, 9)
-    assert np.array_equal(dataset.class_frequencies(), np.full(9, 1 / 9))
+    assert np.array_equal(dataset.label_law().class_frequencies, np.full(9, 1 / 9))

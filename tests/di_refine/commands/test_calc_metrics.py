@@ -147,9 +147,12 @@ def test_options_are_checked(run, folder):
     refused(run(*network, metric, "--ref", folder / "none.npz"), "--ref", "none.npz")
     refused(run("--network", folder / "none.pkl", *data, metric), "--network", "none.pkl")
     refused(run("--network", folder / "wide.npz", *data, metric), "wide.npz")
-    refused(run(*network, *data, metric, "--labels=4"), "--labels=4", "4 classes")
-    refused(run(*network, *data, metric, "--labels=cat"), "--labels must be")
-    refused(run(*network, "--ref", folder / "wide.npz", "--metrics=acc1k@toy", "--labels=dataset"), "needs --data")
+    refused(run(*network, *data, metric, "--labels=4"), "--labels=4", "0 to 3")
+    refused(run(*network, *data, metric, "--labels=cat"), "--labels=cat is neither a file nor a name")
+    refused(
+        run(*network, "--ref", folder / "wide.npz", "--metrics=acc1k@toy", "--labels=dataset"),
+        "name the data set itself",
+    )
     refused(run(*network, *data, metric, "--seeds=0"), "--seeds", "x>=1")
     refused(run(*network, *data, metric, "--detector", folder / "wide.npz", detector=False), "wide.npz")
     refused(run(*network, *data, metric, detector=False), "toy")
@@ -203,7 +206,7 @@ def test_rows_in_the_order_given(run, folder):
         (str(source), metric) for source in (fakes, network) for metric in ("acc1k@toy", "fd1k_full@toy")
     ]
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["source", "metric", "value", "delta"]
+    assert lines[0].split() == ["source", "metric", "labels", "value", "delta"]
     assert [line.split()[:2] for line in lines[2:6]] == [
         [str(source), metric] for metric in ("acc1k@toy", "fd1k_full@toy") for source in (fakes, network)
     ]

@@ -199,7 +199,7 @@ def test_damaged_images_are_all_named_or_left_out(tmp_path, photos):
     result = convert(photos, tmp_path / "out.zip", "--skip-damaged")
     shown = json.loads(result.stdout.splitlines()[-1])
     assert shown["damaged"] == ["ape/d.png", "cat/b.png"] and (shown["images"], shown["class_counts"]) == (2, [0, 1, 1])
-    assert "left out: " in result.stderr and "no image of class 0 of 3" in result.stderr
+    assert "left out: " in result.stderr and "no image of class 0 (ape) of 3" in result.stderr
     assert ImageDataset(tmp_path / "out.zip").labels([0, 1]).argmax(axis=1).tolist() == [1, 2]
     assert good(CASES / "damaged", tmp_path / "case.zip", "--skip-damaged")["damaged"] == ["4.jpg"]
     for path in photos.rglob("*.png"):

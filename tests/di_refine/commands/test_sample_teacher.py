@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,11 @@ from golden_io import GOLDEN
 from di_refine import denoisers
 from di_refine.commands import sample_teacher
 from di_refine.errors import InputError
-from di_refine.files import registry, teacher_samples
+from di_refine.files import label_laws, networks, registry, teacher_samples
 from di_refine.files.dataset_writer import Picture
 from di_refine.files.datasets import ImageDataset
 from di_refine.generators import load_sampler
+from di_refine.labels import LabelLaw
 from torch_utils import persistence
 
 COND, UNCOND, GAN = GOLDEN / "edm/adm_cond.pkl", GOLDEN / "edm/vp.pkl", GOLDEN / "stylegan2/sg2ada-cifar-cond.pkl"
@@ -84,15 +86,14 @@ def test_classes_that_were_not_drawn_still_count(tmp_path):
     dataset.check_compatible(16, 3, 10)
     labels = dataset.labels(range(6))
     assert set(labels.argmax(axis=1)) <= {1, 2} and (labels.sum(axis=1) == 1).all()
-    np.testing.assert_allclose(dataset.class_frequencies(), labels.mean(axis=0))
+    np.testing.assert_allclose(dataset.label_law().class_frequencies, labels.mean(axis=0))
 
 
 def test_class_frequencies_of_a_data_set(tmp_path):
     good(f"--dest={tmp_path / 'a.zip'}", "--class-freq=0,0,0,0,0,0,0,0,1,3", teacher=COND, num=8)
-    freq = teacher_samples.class_probs(str(tmp_path / "a.zip"), 10)
-    np.testing.assert_allclose(freq, ImageDataset(tmp_path / "a.zip").class_frequencies())
-    np.testing.assert_allclose(teacher_samples.class_probs("2,1,1", 3), [0.5, 0.25, 0.25])
-    assert teacher_samples.class_probs("uniform", 3) is None and teacher_samples.class_probs(None, 0) is None
+    drawn = label_laws.choose(str(tmp_path / "a.zip"), LabelLaw(10))
+    np.testing.assert_allclose(drawn.frequencies, ImageDataset(tmp_path / "a.zip").label_law().frequencies)
+    assert good("--labels", tmp_path / "a.zip", teacher=COND)["labels"] == f"file:{tmp_path / 'a.zip'}"
 
 
 def test_kept_once(cache):
@@ -174,7 +175,8 @@ def test_images_that_are_not_finite(tmp_path, monkeypatch):
     teacher = denoisers.load_denoiser(UNCOND)
     with torch.no_grad():
         teacher.model.map_layer0.bias.fill_(float("nan"))
-    monkeypatch.setattr(denoisers, "load_denoiser", lambda path: teacher)
+    file = replace(networks.load(UNCOND), average=teacher)
+    monkeypatch.setattr(networks, "load", lambda path, setting: file)
     result = run()
     assert result.exit_code == 1 and "not finite" in result.stderr and not files(tmp_path)
 
@@ -189,12 +191,12 @@ def test_images_that_are_not_finite(tmp_path, monkeypatch):
         (["--num=0"], UNCOND, "Invalid value for '--num'"),
         (["--steps=x"], UNCOND, "Invalid value for '--steps'"),
         (["--dest=a.tar"], UNCOND, "--dest=a.tar must end in .zip"),
-        (["--class-freq=1,1"], UNCOND, "--class-freq=1,1: the network has no classes"),
-        (["--class-freq=1,1"], COND, "must give 10 frequencies, one per class of the network, not 2"),
+        (["--class-freq=1,1"], UNCOND, "--labels=1,1: the network has no classes"),
+        (["--class-freq=1,1"], COND, "there must be 10 frequencies, one per class of the network, not 2"),
         (["--class-freq=1,1,1,1,1,1,1,1,1,-1"], COND, "must not be negative"),
         (["--class-freq=0,0,0,0,0,0,0,0,0,0"], COND, "one must be positive"),
         (["--class-freq=nan,0,0,0,0,0,0,0,0,0"], COND, "must not be negative"),
-        (["--class-freq=no/such.zip"], COND, "--class-freq=no/such.zip: there is no such file"),
+        (["--class-freq=no/such.zip"], COND, "--labels=no/such.zip: there is no such file"),
         (["--device=tpu"], UNCOND, "--device"),
     ],
 )
@@ -222,5 +224,5 @@ def test_a_distilled_network_is_no_teacher(monkeypatch):
 
 
 def test_the_cache_folder_is_the_projects(cache):
-    settings = teacher_samples.sample_settings(UNCOND, 5, 1, 0, None)
+    settings = teacher_samples.sample_settings(UNCOND, 5, 1, 0, LabelLaw(0))
     assert registry.cache_folder() in teacher_samples.cached_path(UNCOND, settings).parents

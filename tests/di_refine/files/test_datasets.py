@@ -69,7 +69,7 @@ def test_reads_images_and_labels(tmp_path, kind, mode, channels):
         assert np.array_equal(image, pixels_of(index, mode=mode).reshape(8, 8, channels).transpose(2, 0, 1))
     labels = dataset.labels([7, 2])
     assert labels.dtype == np.float32 and labels.tolist() == [[0, 1, 0], [0, 0, 1]]
-    np.testing.assert_allclose(dataset.class_frequencies(), [0.4, 0.3, 0.3])
+    np.testing.assert_allclose(dataset.label_law().class_frequencies, [0.4, 0.3, 0.3])
     assert np.array_equal(dataset.decode_all(workers=3), dataset.images(range(COUNT)))
 
 
@@ -105,7 +105,9 @@ def test_no_labels(tmp_path, content):
         write(tmp_path / "set.zip", files if content is None else {**files, "dataset.json": content})
     )
     assert (
-        not dataset.has_labels and dataset.labels([0, 1]).shape == (2, 0) and dataset.class_frequencies().shape == (0,)
+        not dataset.has_labels
+        and dataset.labels([0, 1]).shape == (2, 0)
+        and dataset.label_law().class_frequencies.shape == (0,)
     )
 
 
@@ -116,7 +118,18 @@ def test_label_vectors_and_backslashes(tmp_path):
     dataset = ImageDataset(write(tmp_path / "set.zip", files))
     assert dataset.label_dim == 2 and dataset.labels([1, 0]).tolist() == [[0, -1], [0.5, 1]]
     with pytest.raises(InputError, match="labels are vectors"):
-        dataset.class_frequencies()
+        dataset.class_counts()
+    assert dataset.label_law().rows.tolist() == [[0, -1], [0.5, 1]] and dataset.label_law().class_frequencies is None
+
+
+def test_named_classes_count_though_the_last_have_no_image(tmp_path):
+    files = files_of(2)
+    labels = [[name, number] for number, name in enumerate(name for name in files if name.endswith("png"))]
+    for names, expected in [(["a", "b", "c"], ("a", "b", "c")), (["a"], ("a", "")), ([1, 2], ())]:
+        files["dataset.json"] = json.dumps({"labels": labels, "classes": names}).encode()
+        dataset = ImageDataset(write(tmp_path / f"{len(expected)}.zip", files))
+        assert dataset.class_names == expected and dataset.label_dim == max(len(expected), 2)
+        assert dataset.class_counts().tolist() == [1, 1, 0][: dataset.label_dim]
 
 
 @pytest.mark.parametrize("kind", ["zip", "folder"])

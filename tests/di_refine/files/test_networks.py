@@ -130,7 +130,7 @@ def test_generating_with_a_diffusion_model_tells_of_one_step_files(tmp_path):
     assert result.exit_code == 0, result.output
     assert "give the noise level with --init-sigma" in result.stderr
     result = CliRunner().invoke(generate.main, [*arguments, "--init-sigma=2.5"])
-    assert result.exit_code == 0 and "note:" not in result.stderr
+    assert result.exit_code == 0 and "init-sigma" not in result.stderr
 
 
 FOREIGN = {

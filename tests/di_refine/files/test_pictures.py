@@ -104,3 +104,40 @@ def test_side_by_side_has_titles_above_panels(tmp_path):
     assert (figure[:top, : width // 2] < 128).any() and (figure[:top, width // 2 :] < 128).any(), "a title above each"
     is_red = (figure == [255, 0, 0]).all(axis=2)
     assert is_red[:, width // 2 :].sum() == 4 * 32 * 32 and not is_red[:, : width // 2].any()
+
+
+def dark_in(picture, left, top, right, bottom):
+    return bool((np.asarray(picture.convert("L"))[top:bottom, left:right] < 128).any())
+
+
+def test_titles_of_columns_and_rows(tmp_path):
+    stack, path = np.full([6, 1, 32, 32], 200, np.uint8), tmp_path / "grid.png"
+    pictures.save_grid(path, stack, columns=3, titles=(["cat", "fox", "owl"], []))
+    with Image.open(path) as grid:
+        top = grid.height - 64
+        assert grid.size == (96, top + 64) and 0 < top < 24, "short names lie"
+        assert all(dark_in(grid, x, 0, x + 32, top) for x in (0, 32, 64)) and not dark_in(grid, 0, top, 96, grid.height)
+    pictures.save_grid(path, stack, columns=3, titles=(["cat", "a very long name of a class", "owl"], []))
+    with Image.open(path) as grid:
+        assert grid.width == 96 and 96 + 64 < grid.height < 200 + 64, "a long name turns all, and is shortened"
+    pictures.save_grid(path, stack, columns=3, titles=([], ["cat", "cat"]))
+    with Image.open(path) as grid:
+        left = grid.width - 96
+        assert grid.height == 64 and left > 0 and dark_in(grid, 0, 24, left, 40), "one title for equal neighbours"
+        assert not dark_in(grid, 0, 0, left, 20)
+
+
+def test_titles_in_a_figure_and_on_transparent_pictures(tmp_path):
+    stack = np.full([4, 4, 16, 16], 200, np.uint8)
+    heights = []
+    for number, titles in enumerate([((), ()), (["cat", "fox"], ())]):
+        pictures.save_side_by_side(tmp_path / f"{number}.png", [("a", stack), ("b", stack)], columns=2, titles=titles)
+        heights.append(Image.open(tmp_path / f"{number}.png").height)
+    assert heights[0] < heights[1]
+    pictures.save_grid(tmp_path / "grid.png", stack, columns=2, titles=(["cat", "fox"], ()))
+    assert Image.open(tmp_path / "grid.png").mode == "RGB"
+
+
+def test_names_that_the_font_lacks_are_known():
+    assert all(map(pictures.is_drawable, ("Animals & Nature", "cat-1", "x" * 100)))
+    assert not any(map(pictures.is_drawable, ("猫", "a\nb", "Bären")))

@@ -29,7 +29,7 @@ ALL = ["fd1k_full@toy", "fd2k_full@toy", "kd1k_full@toy", "pr1k3_full@toy", "dc1
 class Sampler:
     """Random images that depend on index and seed alone."""
 
-    resolution, num_channels, label_dim, num_images = 16, 1, 4, None
+    resolution, num_channels, label_dim, num_images, law = 16, 1, 4, None, None
 
     def __init__(self, mean=140):
         self.mean = mean
@@ -405,7 +405,7 @@ def test_not_finite_features_are_reported(folder, evaluator):
             images[321 - first_index, 0, 0, 0] = 77
         return images, labels
 
-    for name in ("resolution", "num_channels", "label_dim", "num_images"):
+    for name in ("resolution", "num_channels", "label_dim", "num_images", "law"):
         setattr(sampler, name, getattr(Sampler, name))
     with pytest.raises(RunError, match="toy gave values that are not finite for image 321"):
         broken(sampler)

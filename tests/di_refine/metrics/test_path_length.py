@@ -111,6 +111,7 @@ def test_official_name_is_for_lpips(lpips, generator, tmp_path):
         raise AssertionError
 
     no_generator.num_channels, no_generator.resolution, no_generator.label_dim = 1, 16, 0
+    no_generator.law = None
     no_generator.num_images = None
     with pytest.raises(InputError, match="property of StyleGAN2 generators"):
         Evaluator("ppl2_wend", perceptual=lpips, allow_code=True).check(no_generator)

@@ -88,6 +88,7 @@ def test_plugin_measures(plugin, tmp_path):
         return torch.full([count, 3, 8, 8], 2, dtype=torch.uint8), None
 
     sampler.num_channels, sampler.resolution, sampler.label_dim, sampler.num_images = 3, 8, 0, None
+    sampler.law = None
     (result,) = evaluator(sampler)
     assert result.value == pytest.approx(3 * 2**2 + 3) and result.detector.name == "my-net"
 
