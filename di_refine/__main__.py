@@ -4,6 +4,7 @@ import importlib
 import sys
 
 TOOLS = {
+    "doctor": "Say what is installed here, what this machine has, and what would help.",
     "inspect": "Say what a network file holds.",
     "convert": "Convert a network file to a pickle, to safetensors or to ONNX.",
     "zoo": "List, fetch and verify the public networks and data that the registry names.",

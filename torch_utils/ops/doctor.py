@@ -29,14 +29,14 @@ def main() -> None:
 
 def _report_tools() -> None:
     cuda = torch.version.cuda or "none"
-    home, compiler = building.cuda_home(), building.compiler()
+    home, compiler, found = building.cuda_home(), building.compiler(), tools()
     facts = {
         "Python": platform.python_version(),
         "PyTorch": f"{torch.__version__} (its CUDA: {cuda})",
-        "GPUs": ", ".join(_gpus()) or "none",
-        "C++ compiler": compiler and f"{compiler}: {_first_line(compiler, '--version')}",
+        "GPUs": ", ".join(gpus()) or "none",
+        "C++ compiler": compiler and f"{compiler}: {found['compiler']}",
         "ninja": building.ninja_folder(),
-        "CUDA toolkit": home and f"{home}: nvcc {building.nvcc_version()}",
+        "CUDA toolkit": home and f"{home}: nvcc {found['nvcc']}",
         "mode": custom_ops.mode() + (" (DI_REFINE_OPS)" if "DI_REFINE_OPS" in os.environ else ""),
         "kept in": building.cache_folder(),
     }
@@ -44,7 +44,27 @@ def _report_tools() -> None:
         print(f"{name + ':':14}{value or 'not found'}")
 
 
-def _gpus() -> list[str]:
+def tools() -> dict[str, str | bool | None]:
+    """Return what a build needs, without paths: the versions of `compiler` and `nvcc`, or None, and whether `ninja`."""
+    compiler = building.compiler()
+    return {
+        "compiler": compiler and _first_line(compiler, "--version"),
+        "nvcc": building.nvcc_version() if building.cuda_home() else None,
+        "ninja": building.ninja_folder() is not None,
+    }
+
+
+def state(kind: str) -> str:
+    """Return 'built' or 'not built' for the library of a device type, or why it cannot be built here."""
+    if kind == "cuda" and not torch.cuda.is_available():
+        return building.missing_tool(kind) or "not built"
+    if (building.folder(kind) / f"{building.NAME}.so").exists():
+        return "built"
+    return building.missing_tool(kind) or "not built"
+
+
+def gpus() -> list[str]:
+    """Return the names of the GPUs that PyTorch sees, with their architectures."""
     if not torch.cuda.is_available():
         return []
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
