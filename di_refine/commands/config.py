@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from di_refine.commands.presets import PRESETS
+from di_refine.presets import AUTO, PAPER, PRESETS
 from di_refine.runs.config import LoopConfig
 from torch_utils.settings import FILES, MACHINE, MEASURING, NETWORK, OBJECTIVE, WHAT, Settings, setting
 
@@ -61,9 +61,9 @@ class TeachConfig(LabelsConfig):
         default_text="equal",
     )
     preset: str = setting(
-        "diff-instruct",
-        "Take published values for the options that are not given.",
-        choices=tuple(PRESETS),
+        AUTO,
+        "Fit the options that are not given to the run (auto), or take published values; docs/presets.md has both.",
+        choices=(AUTO, *PRESETS),
         group=WHAT,
     )
     data: str | None = setting(
@@ -84,6 +84,12 @@ class PretrainConfig(Settings):
     """What `pretrain.py teacher` and `pretrain.py gan` can be told besides the settings of the parts that they run."""
 
     data: str = setting(..., "Train on these images: a zip or folder made by dataset_tool.py.", metavar="PATH")
+    preset: str = setting(
+        AUTO,
+        "Fit the options that are not given to the run (auto), or take published values; docs/presets.md has both.",
+        choices=(AUTO, PAPER),
+        group=WHAT,
+    )
     cond: bool | None = setting(
         None, "Train a class-conditional network.", group=WHAT, default_text="if the data have labels"
     )

@@ -8,7 +8,7 @@ import click
 
 from di_refine.commands import cli
 from di_refine.commands.config import DistillConfig, TeachConfig
-from di_refine.commands.options import make, options, resolve
+from di_refine.commands.options import make, options, resolve, warn
 from di_refine.config import TrainerConfig
 from di_refine.errors import InputError
 from di_refine.metrics.config import MeasureConfig
@@ -35,8 +35,9 @@ def main(context, dry_run, device, **values):
     python distill.py --teacher=edm-cifar10-32x32-cond-vp.pkl --preset=sid --precision=bf16
     python distill.py --teacher=edm.pkl --student-steps=2 --metrics=fid5k_full --ref=reference.npz
 
-    Options that are not given have the values of the preset. A teacher of the registry brings values for its size,
-    which go before the preset's. --dry-run shows what results, and from where.
+    Options that are not given are fitted to the run, or have the values of a published preset.
+    A teacher of the registry brings values for its size, which go before these. --dry-run shows what results, and from
+    where.
     """
     # PyTorch is imported here and not above, so that --help is quick.
     from di_refine.commands import job, teaching
@@ -46,9 +47,22 @@ def main(context, dry_run, device, **values):
     if not values["teacher"]:
         raise InputError("`teacher` is needed: name the EDM diffusion model to distil")
     entry = registry.entry_for_path(registry.resolve(values["teacher"][0], "teacher")) or {}
-    values, sources = resolve(context, values, entry.get("distill", {}))
     with distributed.process_group(cli.pick_device(device)) as place:
-        work = job.build(subject(make(DistillConfig, values), values["teacher"]), values, sources, place)
+        item = subject(make(DistillConfig, values), values["teacher"])
+        values, sources = resolve(
+            context,
+            values,
+            "distill",
+            job.facts(item, place),
+            entry.get("distill"),
+            lambda chosen: job.recorded_options(item, chosen),
+            lambda chosen: job.images_per_second(item, chosen, place),
+        )
+        config = make(DistillConfig, values)
+        if config != item.config:  # a preset has another noise level
+            item = subject(config, values["teacher"])
+        work = job.build(item, values, sources, place)
+        warn(context, values)
         return teaching.dry_run(work) if dry_run else teaching.run(work)
 
 

@@ -1,7 +1,7 @@
 """What `refine.py` and `distill.py` have in common: from options to a job, in which all is loaded and checked."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 
 from di_refine import denoisers
 from di_refine.bridge import Bridge
-from di_refine.commands import cli
+from di_refine.commands import cli, training
 from di_refine.commands.config import TeachConfig
 from di_refine.commands.options import make
 from di_refine.commands.training import make_evaluator, recorded
@@ -25,6 +25,8 @@ from di_refine.generators import DiffusionSampler, GeneratorSampler
 from di_refine.labels import KEY, LabelLaw
 from di_refine.metrics.config import MeasureConfig
 from di_refine.metrics.evaluate import Evaluator
+from di_refine.presets import Facts
+from di_refine.runs import directory
 from di_refine.runs.config import LoopConfig, RunConfig
 from di_refine.trainer import Trainer
 from torch_utils.settings import Settings
@@ -137,6 +139,30 @@ class Job:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Building
+
+
+def facts(subject: Subject, device: torch.device) -> Facts:
+    """What presets go by."""
+    net = subject.file.average
+    return Facts(resolution=net.img_resolution, device=device.type, parameters=_count(net))
+
+
+def description(subject: Subject, run: RunConfig, trainer: TrainerConfig) -> str:
+    """The part after the number in the run directory's name."""
+    return run.desc or f"{subject.file.path.stem}-{trainer.objective}-batch{trainer.batch}"
+
+
+def recorded_options(subject: Subject, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the run has recorded that would go on with these options; nothing for a new run."""
+    run = make(RunConfig, values)
+    name = description(subject, run, make(TrainerConfig, values))
+    return directory.recorded_options(run.outdir, run.resume, name, subject.command)
+
+
+def images_per_second(subject: Subject, values: Mapping[str, Any], device: torch.device) -> float:
+    """The speed of full updates with these options."""
+    job = build(subject, {**values, "score_warmup": 0}, {}, device)
+    return training.images_per_second(make_trainer(job)[0])
 
 
 def build(subject: Subject, values: dict[str, Any], sources: dict[str, str], device: torch.device) -> Job:

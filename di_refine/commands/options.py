@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from di_refine import presets, terminal
 from di_refine.commands import cli
-from di_refine.commands.presets import preset
+from di_refine.errors import InputError
 from torch_utils.settings import Declared, Settings, declared
 
 Part = TypeVar("Part", bound=Settings)
@@ -71,28 +72,74 @@ def make(part: type[Part], values: Mapping[str, Any]) -> Part:
 
 
 def resolve(
-    context: click.Context, values: Mapping[str, Any], recommended: Mapping[str, Any]
+    context: click.Context,
+    values: Mapping[str, Any],
+    command: str,
+    facts: presets.Facts,
+    recommended: Mapping[str, Any] | None = None,
+    recorded: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _: {},
+    speed: Callable[[Mapping[str, Any]], float] | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The values of a command's options, and where those come from that are neither given nor plain defaults.
 
-    What was given counts first, then what is recommended, then the preset.
+    What was given counts first, then what a run that goes on was fitted with, then what is recommended, then the
+    preset.
 
     Args:
         context: of the command.
         values: as the command received them.
+        command: what is made, a key of `presets.TABLE`.
+        facts: of the run.
         recommended: by the registry for the network. Names that are no options of the command are passed over.
+        recorded: gives the options that the run has recorded that would go on with these values; {} for a new one.
+        speed: measures the images a second of a run with these values, for `minutes`.
 
     Returns:
-        The values, and 'preset' or 'registry' for the names that have theirs from there.
+        The values, and 'auto', 'preset', 'registry' or 'minutes' for the names that have theirs from there.
+
+    Raises:
+        InputError: `kimg` and `minutes` are both given.
     """
 
     def is_given(name: str) -> bool:
         return context.get_parameter_source(name) != ParameterSource.DEFAULT
 
-    values, sources = dict(values), {}
-    published = preset(values["preset"], values["objective"] if is_given("objective") else None)
-    for source, layer in (("preset", published), ("registry", recommended)):
-        for name, value in layer.items():
-            if name in values and not is_given(name):
-                values[name], sources[name] = value, source
-    return values, sources
+    recommended, minutes = recommended or {}, values["minutes"]
+    if minutes and is_given("kimg"):
+        raise InputError("`kimg` and `minutes` both say how long to train; give one of them")
+    asked = values["kimg"] if is_given("kimg") else None if minutes else recommended.get("kimg")
+    objective = values["objective"] if "objective" in values and is_given("objective") else None
+    kind = presets.AUTO if values["preset"] == presets.AUTO else "preset"
+
+    def fitted(kimg: float | None, kept: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        result, sources = dict(values), {}
+        preset = presets.values_of(command, values["preset"], dataclasses.replace(facts, kimg=kimg), objective)
+        length = {"kimg": kimg} if minutes and kimg else {}
+        for source, layer in ((kind, preset), ("registry", recommended), (presets.AUTO, kept), ("minutes", length)):
+            for name, value in layer.items():
+                if name in result and not is_given(name):
+                    result[name], sources[name] = value, source
+        return result, sources
+
+    first = fitted(asked, {})[0]
+    before = recorded(first)
+    kept = {
+        name: before[name]
+        for name, source in dict(before.get("sources") or {}).items()
+        if source in (presets.AUTO, "minutes") and name in before
+    }
+    if minutes and before.get("minutes") and "kimg" in kept:
+        asked = kept["kimg"] * minutes / before["minutes"]
+    elif minutes and speed is not None:
+        # A tenth is left for pictures, snapshots and the start.
+        asked = max(float(f"{speed(first) * 60 * 0.9 * minutes / 1000:.3g}"), first["batch"] / 1000)
+    return fitted(asked, kept)
+
+
+def warn(context: click.Context, values: Mapping[str, Any]) -> None:
+    """Name on stderr the settings that cannot work in the run's length."""
+    from torch_utils import distributed
+
+    if distributed.is_first():
+        for warning in presets.warnings(values):
+            terminal.say(cli.spell(f"warning: {warning}", context.command))

@@ -5,20 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
 
 from di_refine import terminal
 from di_refine.commands import cli
 from di_refine.commands.config import FeatureFilesConfig, GanLoopConfig, PretrainConfig, TeacherLoopConfig
-from di_refine.commands.options import make, options
+from di_refine.commands.options import make, options, resolve, warn
 from di_refine.errors import InputError
 from di_refine.metrics.config import MeasureConfig
+from di_refine.presets import Facts
 from di_refine.pretraining.config import FeaturesConfig, GanConfig, TeacherConfig, UNetConfig
 from di_refine.runs.config import LoopConfig, RunConfig
 from stylegan2_ada.config import AdversarialConfig
 from torch_utils.settings import Settings
+
+Trained = TypeVar("Trained", bound="Trainable")
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
     from di_refine.labels import LabelLaw
     from di_refine.metrics.evaluate import Evaluator
     from di_refine.runs.loop import Trainable
+    from stylegan2_ada.adversarial import AdversarialTrainer
 
 
 @cli.group()
@@ -46,6 +52,7 @@ class Material:
         seed: of everything random.
         device: where to compute.
         dataset: the images.
+        sources: where settings come from that the user did not give.
         labels: the labels of the network that is trained, as its file keeps them.
         stream: the images as trainers want them.
         evaluator, final_evaluator: measure snapshots, and the last network; None measures nothing.
@@ -59,6 +66,7 @@ class Material:
     seed: int
     device: torch.device
     dataset: ImageDataset
+    sources: dict[str, str]
     labels: LabelLaw
     stream: Stream
     evaluator: Evaluator | None
@@ -100,6 +108,7 @@ class Material:
         return {
             "command": self.kind,
             **recorded(*self.settings),
+            "sources": self.sources,
             "device": str(self.device),
             "label_dim": self.labels.label_dim,
             "label_law": self.labels.content,
@@ -117,33 +126,102 @@ class Material:
         return 0
 
 
-def load(kind: str, parts: tuple[type[Settings], ...], values: dict[str, Any], device: torch.device) -> Material:
-    """Load and check what the options of a training name.
-
-    Args:
-        kind: 'edm' or 'stylegan2'.
-        parts: the dataclasses of the settings.
-        values: the options.
-        device: where to compute.
+def open_data(values: dict[str, Any]) -> tuple[ImageDataset, bool]:
+    """The images, and whether the network is to be class-conditional.
 
     Raises:
-        InputError, SettingError: an option or file that does not fit; the message names it.
+        InputError: there are none, or labels are wanted that are not there.
     """
-    from di_refine.commands.training import make_evaluator
     from di_refine.files import registry
-    from di_refine.files.datasets import ImageDataset, Stream
-    from torch_utils import distributed
+    from di_refine.files.datasets import ImageDataset
 
-    settings = tuple(make(part, values) for part in parts)
-    own, measure = make(PretrainConfig, values), make(MeasureConfig, values)
-    loop, run = make(LoopConfig, values), make(RunConfig, values)
-    cli.check_outdir(run.outdir)
+    own = make(PretrainConfig, values)
     dataset = ImageDataset(registry.resolve(own.data, "data"), mirror=own.mirror)
     if own.cond and not dataset.has_labels:
         raise InputError(f"`cond` needs labels, and data={own.data} has none; add them, or give --no-cond")
     conditional = dataset.has_labels and own.cond in (None, True)
     if conditional:
         note_absent_classes(dataset)
+    return dataset, conditional
+
+
+def description(kind: str, run: RunConfig, dataset: ImageDataset, conditional: bool) -> str:
+    """The part after the number in the run directory's name."""
+    return run.desc or f"{kind}-{Path(dataset.name).stem}{'-cond' if conditional else ''}"
+
+
+def fit(
+    context: click.Context,
+    kind: str,
+    parts: tuple[type[Settings], ...],
+    values: dict[str, Any],
+    device: torch.device,
+    build: Callable[[dict[str, Any], Material], Trained],
+) -> tuple[Trained, Material]:
+    """Choose the values of the options that are not given, and load and check what they name.
+
+    Args:
+        context: of the command.
+        kind: 'edm' or 'stylegan2'.
+        parts: the dataclasses of the settings.
+        values: the options.
+        device: where to compute.
+        build: makes a trainer of values and material.
+
+    Raises:
+        InputError, SettingError: an option or file that does not fit; the message names it.
+    """
+    from di_refine.commands.training import images_per_second
+    from di_refine.runs.directory import recorded_options
+
+    dataset, conditional = open_data(values)
+
+    def recorded(chosen: Mapping[str, Any]) -> dict[str, Any]:
+        run = make(RunConfig, chosen)
+        return recorded_options(run.outdir, run.resume, description(kind, run, dataset, conditional), kind)
+
+    def speed(chosen: Mapping[str, Any]) -> float:
+        return images_per_second(build(dict(chosen), load(kind, parts, dict(chosen), {}, device, dataset, conditional)))
+
+    facts = Facts(resolution=dataset.resolution, device=device.type, images=len(dataset))
+    values, sources = resolve(context, values, kind, facts, recorded=recorded, speed=speed)
+    material = load(kind, parts, values, sources, device, dataset, conditional)
+    trainer = build(values, material)
+    warn(context, values)
+    return trainer, material
+
+
+def load(
+    kind: str,
+    parts: tuple[type[Settings], ...],
+    values: dict[str, Any],
+    sources: dict[str, str],
+    device: torch.device,
+    dataset: ImageDataset,
+    conditional: bool,
+) -> Material:
+    """Load and check what the options of a training name.
+
+    Args:
+        kind: 'edm' or 'stylegan2'.
+        parts: the dataclasses of the settings.
+        values: the options.
+        sources: where those come from that the user did not give.
+        device: where to compute.
+        dataset: the images.
+        conditional: train a class-conditional network.
+
+    Raises:
+        InputError, SettingError: an option or file that does not fit; the message names it.
+    """
+    from di_refine.commands.training import make_evaluator
+    from di_refine.files.datasets import Stream
+    from torch_utils import distributed
+
+    settings = tuple(make(part, values) for part in parts)
+    own, measure = make(PretrainConfig, values), make(MeasureConfig, values)
+    loop, run = make(LoopConfig, values), make(RunConfig, values)
+    cli.check_outdir(run.outdir)
     batch, seed = values["batch"], values["seed"]
     stream = Stream(dataset, batch, seed, device, own.workers, conditional, as_float=False)
     kept = stream.labels.kept()
@@ -156,7 +234,7 @@ def load(kind: str, parts: tuple[type[Settings], ...], values: dict[str, Any], d
     )
     if evaluator is None and loop.stop_if_worse:
         raise InputError("`stop_if_worse` goes by the first metric, and there is none; give `metrics`")
-    return Material(kind, settings, loop, run, measure, seed, device, dataset, kept, stream, evaluator, final)
+    return Material(kind, settings, loop, run, measure, seed, device, dataset, sources, kept, stream, evaluator, final)
 
 
 def note_absent_classes(dataset: ImageDataset) -> None:
@@ -198,7 +276,6 @@ def train(
     dataset, seed = material.dataset, material.seed
     final = material.final_evaluator
     evaluators = [evaluator for evaluator in (material.evaluator, final) if evaluator is not None]
-    conditional = "-cond" if material.labels.label_dim else ""
 
     def picture(path: Path) -> None:
         if material.labels.names and material.labels.has_classes:
@@ -212,7 +289,7 @@ def train(
         loop=material.loop,
         run=material.run,
         settings=tuple(type(part) for part in material.settings),
-        description=material.run.desc or f"{material.kind}-{Path(dataset.name).stem}{conditional}",
+        description=description(material.kind, material.run, dataset, material.labels.label_dim > 0),
         record=material.record(),
         networks=networks,
         sampler=lambda: sampler(net),
@@ -259,8 +336,12 @@ TEACHER = (PretrainConfig, TeacherLoopConfig, UNetConfig, TeacherConfig, Measure
 @cli.dry_run_option
 @cli.ops_option
 @cli.device_option
-def teacher(dry_run, device, **values):
-    """Train an EDM diffusion model (DDPM++ U-Net). The defaults are the published ones for CIFAR-10."""
+@click.pass_context
+def teacher(context, dry_run, device, **values):
+    """Train an EDM diffusion model (DDPM++ U-Net).
+
+    Options that are not given are fitted to the images, the device and the length; --dry-run shows what results.
+    """
     # PyTorch is imported here and not above, so that --help is quick.
     import torch
 
@@ -268,12 +349,14 @@ def teacher(dry_run, device, **values):
     from di_refine.pretraining.teacher import TeacherTrainer, build
     from torch_utils import distributed
 
+    def trainer_of(values: dict[str, Any], material: Material) -> TeacherTrainer:
+        config = make(TeacherConfig, values)
+        net = build(make(UNetConfig, values), **material.shape, augment=config.augment > 0, seed=config.seed)
+        net = net.to(material.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return TeacherTrainer(net, material.stream, config, material.loop.total_nimg)
+
     with distributed.process_group(cli.pick_device(device)) as place:
-        material = load("edm", TEACHER, values, place)
-        config, unet = make(TeacherConfig, values), make(UNetConfig, values)
-        net = build(unet, **material.shape, augment=config.augment > 0, seed=config.seed)
-        net = net.to(place, memory_format=torch.channels_last)
-        trainer = TeacherTrainer(net, material.stream, config, material.loop.total_nimg)
+        trainer, material = fit(context, "edm", TEACHER, values, place, trainer_of)
         return train(
             material,
             trainer,
@@ -299,20 +382,23 @@ GAN = (PretrainConfig, GanLoopConfig, GanConfig, AdversarialConfig, MeasureConfi
 @cli.dry_run_option
 @cli.ops_option
 @cli.device_option
-def gan(dry_run, device, **values):
-    """Train StyleGAN2 with adaptive discriminator augmentation. The defaults are the published CIFAR-10
-    configuration.
+@click.pass_context
+def gan(context, dry_run, device, **values):
+    """Train StyleGAN2 with adaptive discriminator augmentation.
+
+    Options that are not given are fitted to the images, the device and the length; --dry-run shows what results.
     """
     # PyTorch is imported here and not above, so that --help is quick.
     from di_refine.generators import GeneratorSampler, StyleGAN2Generator
     from di_refine.pretraining import gan as adversarial
     from torch_utils import distributed
 
-    with distributed.process_group(cli.pick_device(device)) as place:
-        material = load("stylegan2", GAN, values, place)
+    def trainer_of(values: dict[str, Any], material: Material) -> AdversarialTrainer:
         config, sizes = make(AdversarialConfig, values), make(GanConfig, values)
-        adversarial.check(sizes, config, material.dataset.resolution)
-        trainer = adversarial.build(sizes, config, **material.shape, data=material.stream, device=place)
+        return adversarial.build(sizes, config, **material.shape, data=material.stream, device=material.device)
+
+    with distributed.process_group(cli.pick_device(device)) as place:
+        trainer, material = fit(context, "stylegan2", GAN, values, place, trainer_of)
         return train(
             material,
             trainer,

@@ -8,7 +8,7 @@ import click
 
 from di_refine.commands import cli
 from di_refine.commands.config import RefineConfig, TeachConfig
-from di_refine.commands.options import make, options, resolve
+from di_refine.commands.options import make, options, resolve, warn
 from di_refine.config import TrainerConfig
 from di_refine.errors import InputError
 from di_refine.metrics.config import MeasureConfig
@@ -32,8 +32,9 @@ def main(context, dry_run, device, **values):
     python refine.py --network=stylegan2-cifar10.pkl --precision=bf16     (official networks, a GPU)
     python refine.py --network=mine.pkl --teacher=edm.pkl --metrics=fid5k_full --ref=reference.npz
 
-    Options that are not given have the values of the preset. A network of the registry brings values for its size,
-    which go before the preset's. --dry-run shows what results, and from where.
+    Options that are not given are fitted to the run, or have the values of a published preset.
+    A network of the registry brings values for its size, which go before these. --dry-run shows what results, and from
+    where.
     """
     # PyTorch is imported here and not above, so that --help is quick.
     from di_refine.commands import job, teaching
@@ -41,9 +42,19 @@ def main(context, dry_run, device, **values):
     from torch_utils import distributed
 
     entry = registry.entry_for_path(registry.resolve(values["network"], "network")) or {}
-    values, sources = resolve(context, values, entry.get("refine", {}))
     with distributed.process_group(cli.pick_device(device)) as place:
-        work = job.build(subject(make(RefineConfig, values), values["teacher"]), values, sources, place)
+        item = subject(make(RefineConfig, values), values["teacher"])
+        values, sources = resolve(
+            context,
+            values,
+            "refine",
+            job.facts(item, place),
+            entry.get("refine"),
+            lambda chosen: job.recorded_options(item, chosen),
+            lambda chosen: job.images_per_second(item, chosen, place),
+        )
+        work = job.build(item, values, sources, place)
+        warn(context, values)
         return teaching.dry_run(work) if dry_run else teaching.run(work)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from di_refine import terminal
 from di_refine.commands import report
-from di_refine.commands.job import Job, make_trainer
+from di_refine.commands.job import Job, description, make_trainer
 from di_refine.commands.training import Session
 from di_refine.files.datasets import Stream
 from di_refine.generators import NetworkSampler
@@ -83,7 +83,7 @@ def _session(job: Job, trainer: Trainer, stream: Stream | None) -> Session:
         loop=job.loop,
         run=job.run,
         settings=tuple(type(part) for part in job.settings),
-        description=job.run.desc or f"{subject.file.path.stem}-{job.trainer.objective}-batch{job.trainer.batch}",
+        description=description(subject, job.run, job.trainer),
         record=job.record(),
         networks=lambda: job.snapshot(trainer),
         sampler=lambda: job.sampler(trainer.ema.net),

@@ -19,6 +19,15 @@ class LoopConfig(Settings):
         group=HOW_LONG,
         may_change=True,
     )
+    minutes: float | None = setting(
+        None,
+        "Train for about this many minutes: the speed is measured first, and `kimg` chosen by it. A run that is "
+        "resumed keeps the number.",
+        above=0,
+        default_text="as `kimg`",
+        group=HOW_LONG,
+        may_change=True,
+    )
     max_minutes: float | None = setting(
         None,
         "Stop after this many minutes. Everything is saved, and the run can be resumed.",

@@ -339,6 +339,27 @@ def _existing(
     if resume and str(resume) != "auto":
         run, state = find_run_to_resume(resume, warn)
         return run.path, state
+    path = _that_goes_on(outdir, resume, description, options.get("command"))
+    return path, checkpoint.newest_intact(path, warn) if path else None
+
+
+def recorded_options(
+    outdir: str | os.PathLike, resume: str | os.PathLike | None, description: str, command: str
+) -> dict[str, Any]:
+    """Return what the run that `open_run` would continue has recorded; nothing where it would begin anew.
+
+    Raises:
+        InputError: as `find_run_to_resume`.
+    """
+    if resume and str(resume) != "auto":
+        path: Path | None = find_run_to_resume(resume, lambda _: None)[0].path
+    else:
+        path = _that_goes_on(Path(outdir), resume, description, command)
+    return (path and _read_options(path)) or {}
+
+
+def _that_goes_on(outdir: Path, resume: str | os.PathLike | None, description: str, command: str | None) -> Path | None:
+    """Return `outdir` where it is a run directory, else the newest of its runs where `resume` asks for that."""
     path = None
     if RunFiles(outdir).options.is_file():
         path = outdir
@@ -348,10 +369,10 @@ def _existing(
             for entry in outdir.iterdir()
             if re.fullmatch(r"\d{5}-" + re.escape(description), entry.name)
             and (recorded := _read_options(entry)) is not None
-            and recorded.get("command") == options.get("command")
+            and recorded.get("command") == command
         ]
         path = max(fitting, default=None)
-    return path, checkpoint.newest_intact(path, warn) if path else None
+    return path
 
 
 def _read_options(path: Path) -> dict[str, Any] | None:

@@ -9,8 +9,8 @@ from golden_io import GOLDEN
 
 from di_refine.commands.distill import main
 from di_refine.commands.generate import main as generate
-from di_refine.commands.presets import PRESETS
 from di_refine.generators import DistilledGenerator, GeneratorSampler, load_sampler, step_sigmas
+from di_refine.presets import PRESETS
 from torch_utils import persistence
 
 TEACHER, UNCOND = GOLDEN / "distill/teacher.pkl", GOLDEN / "edm/ncsnpp.pkl"
@@ -104,7 +104,7 @@ def dry_run(*arguments):
 
 def test_presets_are_the_published_values_and_options_override_them():
     assert set(PRESETS) >= {"diff-instruct", "sid", "sim", "dmd", "f-distill-js", "uni-fkl"}
-    default = dry_run()
+    default = dry_run("--preset=paper-cifar10")
     assert default["objective"] == "ikl" and default["init_sigma"] == 1 and default["batch"] == 128
     assert default["lr"] == default["score_lr"] == 1e-5 and default["beta1"] == 0 and default["ema_kimg"] == 500
     sid = dry_run("--preset=sid", "--batch=64")

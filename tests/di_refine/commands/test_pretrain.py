@@ -24,9 +24,11 @@ from di_refine.metrics.statistics import FeatureStatistics
 from stylegan2_ada.adversarial import AdversarialTrainer
 from torch_utils import persistence
 
-TEACHER = ["teacher", "--width=8", "--channel-mult=1,1", "--num-blocks=1", "--attn-resolutions=8", "--lr-rampup=0"]
+PAPER = "--preset=paper-cifar10"  # which is the same for every length
+TEACHER = ["teacher", PAPER, "--width=8", "--channel-mult=1,1", "--num-blocks=1", "--attn-resolutions=8"]
+TEACHER += ["--lr-rampup=0"]
 ROOT = Path(__file__).resolve().parents[3]
-GAN = ["gan", "--z-dim=8", "--channel-base=64", "--channel-max=8", "--mbstd-group=2", "--ada-kimg=0.1"]
+GAN = ["gan", PAPER, "--z-dim=8", "--channel-base=64", "--channel-max=8", "--mbstd-group=2", "--ada-kimg=0.1"]
 
 
 @pytest.fixture(scope="module")

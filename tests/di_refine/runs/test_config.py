@@ -35,7 +35,7 @@ def test_ranges(wrong, words):
 
 def test_a_resumed_run_may_change_all_of_it():
     names = {item.name for part in (LoopConfig, RunConfig) for item in settings.declared(part)}
-    assert settings.may_change(LoopConfig, RunConfig) == names and len(names) == 9
+    assert settings.may_change(LoopConfig, RunConfig) == names and len(names) == 10
 
 
 def test_importing_the_settings_imports_no_torch():
