@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from di_refine.commands import refine
@@ -14,6 +15,7 @@ from di_refine.files import networks, registry
 from di_refine.files.datasets import ImageDataset
 from di_refine.metrics.detectors import load_detector
 from di_refine.metrics.statistics import FeatureStatistics
+from torch_utils import persistence
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = {name: record for name, record in registry.registry().items() if "file" in record}
@@ -83,3 +85,17 @@ def test_demos_run(target, tmp_path):
 
 def test_there_are_two_demos():
     assert set(makefile_commands()) == {"demo"}
+
+
+def test_the_library_example_of_the_readme_trains(tmp_path, monkeypatch):
+    """As it stands there, with 300 images."""
+    text = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"^## As a library\n\n```python\n(.*?)^```", text, re.M | re.S)
+    assert code.count("KIMG = 36 ") == 1
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("KIMG = 36 ", "KIMG = 0.3 "), {})
+    before = persistence.load(ROOT / "pretrained" / "stylegan2-digits.pkl")["G_ema"]
+    after = persistence.load(tmp_path / "refined.pkl")["G_ema"]
+    assert sum(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters())) > 10
+    assert (tmp_path / "refined.png").is_file()
