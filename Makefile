@@ -40,16 +40,22 @@ gpu-check:
 	$(PYTHON) -m pytest -m gpu tests/torch_utils tests/stylegan2_ada tests/di_refine/edm
 	$(PYTHON) benchmarks/ops.py --device=cuda
 
-# Open our pickles under the oldest Python and PyTorch that their source text is for, and run the suite under the newest.
-OLDEST ?= python3.8
+# Open our pickles under the oldest Python and PyTorch that their source text is for, and run the suite under the oldest
+# and the newest that the package supports.
+READER ?= python3.8
+OLDEST ?= python3.10
 NEWEST ?= python3.13
+COMPAT := build/compat
 compat: setup
-	$(OLDEST) -m venv build/compat/oldest
-	build/compat/oldest/bin/python -m pip install --quiet numpy torch==1.8.1
-	COMPAT_PYTHON=$(CURDIR)/build/compat/oldest/bin/python $(BIN)/python -m pytest -m compat -rP
-	$(NEWEST) -m venv build/compat/newest
-	build/compat/newest/bin/python -m pip install --quiet --upgrade -e '.[dev]'
-	OMP_NUM_THREADS=1 build/compat/newest/bin/python $(SUITE)
+	$(READER) -m venv $(COMPAT)/reader
+	$(COMPAT)/reader/bin/python -m pip install --quiet numpy torch==1.8.1
+	COMPAT_PYTHON=$(CURDIR)/$(COMPAT)/reader/bin/python $(BIN)/python -m pytest -m compat -rP
+	$(OLDEST) -m venv $(COMPAT)/oldest
+	$(COMPAT)/oldest/bin/python -m pip install --quiet -e '.[dev]' torch==2.6.0
+	OMP_NUM_THREADS=1 $(COMPAT)/oldest/bin/python $(SUITE)
+	$(NEWEST) -m venv $(COMPAT)/newest
+	$(COMPAT)/newest/bin/python -m pip install --quiet --upgrade -e '.[dev]'
+	OMP_NUM_THREADS=1 $(COMPAT)/newest/bin/python $(SUITE)
 
 # A minute of fuzzing the reader of network pickles. The corpus stays in build/fuzz and grows with every run; what breaks
 # the reader is written there, too. Atheris has wheels for Linux.
