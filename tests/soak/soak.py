@@ -10,6 +10,7 @@ table, then one JSON object; exit status 1 if anything was not as it should be.
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -189,29 +190,33 @@ def differences(run: Path, reference: Path) -> str:
 
 
 def kills(soak: Soak, outdir: Path, reference: Path, count: int) -> None:
-    """kill -9 at random moments, start-up and saving included; then to the end."""
+    """kill -9 at `count` random moments of a running loop, saving included, and at some while it starts; then the end."""
     random.seed(0)
     for number in range(1, count + 1):
-        before = soak.found(outdir)
-        process = soak.start(outdir)
+        if number % 5 == 0:
+            kill(soak, f"kill before {number}, while it starts", outdir)
         # What is left is shared by the kills to come, so that none of them finds a finished run; but there must be room
         # for a tick, or the run never gets on.
-        left = soak.total - before
+        left = soak.total - soak.found(outdir)
         longest = min(max(1.5 * left / (count - number + 1), 1.6 * TICK), 0.7 * left)
-        if number % 5 == 0:  # dies while it starts
-            time.sleep(random.random() * 2)
-        else:
-            goal = before + 1 + random.random() * longest
-            while soak.seen() < goal and process.poll() is None:
-                time.sleep(0.001)
-            time.sleep(random.random() * 0.1)  # then it is somewhere within a step, or saves
-        process.send_signal(signal.SIGKILL)
-        status, _, error = soak.finish(process)
-        seen = max(soak.seen(), before)
-        problem = "" if status == -signal.SIGKILL else f"ended by itself with status {status}: {error}"
-        soak.note(f"kill {number}", seen, soak.found(outdir), problem)
+        kill(soak, f"kill {number}", outdir, after=1 + random.random() * longest)
     soak.whole(outdir)
     soak.compare("kills", outdir, reference)
+
+
+def kill(soak: Soak, what: str, outdir: Path, after: float | None = None) -> None:
+    """Kill the command when it has seen so many images of its own, in the next step or save; None: while it starts."""
+    before = soak.found(outdir)
+    process = soak.start(outdir)
+    while after is not None and soak.seen() < before + after and process.poll() is None:
+        time.sleep(0.001)
+    time.sleep(random.random() * (2 if after is None else 0.1))
+    process.send_signal(signal.SIGKILL)
+    status, _, error = soak.finish(process)
+    problem = "" if status == -signal.SIGKILL else f"ended by itself with status {status}: {error}"
+    if after is not None and not before < soak.seen() < soak.total:
+        problem = problem or "killed outside of the loop"
+    soak.note(what, max(soak.seen(), before), soak.found(outdir), problem)
 
 
 def signals(soak: Soak, outdir: Path, reference: Path, _count: int) -> None:
@@ -340,7 +345,7 @@ SCENARIOS = {f.__name__: f for f in (kills, signals, disk_full, read_only, clock
 
 @cli.command()
 @click.option("--command", "name", type=click.Choice(list(COMMANDS)), default="teacher", help="What is trained.")
-@click.option("--kills", "count", type=cli.POSITIVE_INT, default=20, help="How often the first scenario kills.")
+@click.option("--kills", "count", type=cli.POSITIVE_INT, default=20, help="How often the first scenario kills a running loop.")
 @click.option("--scenario", "wanted", multiple=True, type=click.Choice(list(SCENARIOS)), help="Only these.")
 @click.option("--folder", default=None, help="Where to work; kept.  [default: a temporary one, removed]")
 def main(name, count, wanted, folder):
@@ -357,13 +362,13 @@ def main(name, count, wanted, folder):
             shutil.rmtree(work, ignore_errors=True)
     terminal.table(soak.rows, ["what", "images then", "images found", "lost", "result"])
     bad = [row for row in soak.rows if not row[-1].startswith(("ok", "left out"))]
-    killed = [row for row in soak.rows if row[0].startswith("kill ")]
+    killed = [row for row in soak.rows if re.fullmatch(r"kill \d+", row[0])]
     terminal.print_result(
         {
             "command": name,
             "scenarios": list(wanted or SCENARIOS),
             "failed": len(bad),
-            "kills": len(killed),
+            "kills_of_a_running_loop": len(killed),
             "images_per_tick": TICK,
             "most_lost_to_a_kill": max((row[3] for row in killed), default=None),
             "minutes": (time.monotonic() - start) / 60,
