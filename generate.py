@@ -3,7 +3,7 @@
 The command is in `di_refine/commands/generate.py`.
 """
 
-from di_refine.commands.generate import main
+from di_refine import start
 
 if __name__ == "__main__":
-    main()
+    start.generate()

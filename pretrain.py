@@ -3,7 +3,7 @@
 The command is in `di_refine/commands/pretrain.py`.
 """
 
-from di_refine.commands.pretrain import main
+from di_refine import start
 
 if __name__ == "__main__":
-    main()
+    start.pretrain()

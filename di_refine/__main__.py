@@ -1,7 +1,8 @@
 """`python -m di_refine TOOL`: the tools beside the commands of the repository's root."""
 
-import importlib
 import sys
+
+from di_refine import start
 
 TOOLS = {
     "doctor": "Say what is installed here, what this machine has, and what would help.",
@@ -31,8 +32,7 @@ def main() -> None:
         print(f"error: there is no tool {name!r}; python -m di_refine --help lists them", file=sys.stderr)
         sys.exit(2)
     # Only the tool that is asked for is imported: the others would bring PyTorch along.
-    command = importlib.import_module(f"di_refine.commands.{name.replace('-', '_')}").main
-    command(args=sys.argv[2:], prog_name=f"python -m di_refine {name}")
+    start.run(name.replace("-", "_"), sys.argv[2:], f"python -m di_refine {name}")
 
 
 if __name__ == "__main__":
