@@ -190,7 +190,7 @@ def differences(run: Path, reference: Path) -> str:
 
 
 def kills(soak: Soak, outdir: Path, reference: Path, count: int) -> None:
-    """kill -9 at `count` random moments of a running loop, saving included, and at some while it starts; then the end."""
+    """kill -9 at `count` random moments of a running loop, saving included, and at some of its start; then the end."""
     random.seed(0)
     for number in range(1, count + 1):
         if number % 5 == 0:
@@ -345,7 +345,7 @@ SCENARIOS = {f.__name__: f for f in (kills, signals, disk_full, read_only, clock
 
 @cli.command()
 @click.option("--command", "name", type=click.Choice(list(COMMANDS)), default="teacher", help="What is trained.")
-@click.option("--kills", "count", type=cli.POSITIVE_INT, default=20, help="How often the first scenario kills a running loop.")
+@click.option("--kills", "count", type=cli.POSITIVE_INT, default=20, help="Kill a running loop so often.")
 @click.option("--scenario", "wanted", multiple=True, type=click.Choice(list(SCENARIOS)), help="Only these.")
 @click.option("--folder", default=None, help="Where to work; kept.  [default: a temporary one, removed]")
 def main(name, count, wanted, folder):
