@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 
-.PHONY: setup demo test lint format gpu-check compat fuzz soak clean
+.PHONY: setup demo test lint format wheel gpu-check compat fuzz soak clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,13 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Wheel and source distribution, and a check of what is in them.
+wheel: setup
+	$(BIN)/python -c "import build" 2>/dev/null || $(BIN)/python -m pip install --quiet build
+	rm -rf build/lib build/bdist.* dist
+	$(BIN)/python -m build
+	$(BIN)/python scripts/check_dist.py dist
 
 # On a CUDA machine, with whatever Python has PyTorch there: build and examine the operators, test, measure.
 gpu-check:
@@ -71,4 +78,4 @@ soak: setup
 	$(BIN)/python tests/soak/soak.py --command=$(SOAK)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
