@@ -19,6 +19,8 @@ from torch_utils import misc
 OPSET = 18  # of the standard operators; every operator that these networks need is in it, and ONNX Runtime has had it
 # since version 1.14
 
+OLDEST_TORCH = "2.13"  # whose exporter is known to trace these networks; those of 2.6 and 2.9 do not
+
 
 class StyleGAN2Model(torch.nn.Module):
     """A StyleGAN2 generator with the inputs and the output that it has in ONNX, all in float32.
@@ -83,7 +85,7 @@ def save(model: StyleGAN2Model | OneStepModel, path: str | os.PathLike, properti
         properties: what is kept in the file, beside the opset and the shapes.
 
     Raises:
-        InputError: the optional packages are not installed.
+        InputError: PyTorch is too old, or the optional packages are not installed.
     """
     try:
         import onnx  # noqa: F401
@@ -92,6 +94,11 @@ def save(model: StyleGAN2Model | OneStepModel, path: str | os.PathLike, properti
         raise InputError(
             f"dest={os.fspath(path)}: ONNX needs the package {error.name}; pip install 'di-refine[onnx]'"
         ) from None
+    if torch.__version__ < OLDEST_TORCH:  # which compares as versions do
+        raise InputError(
+            f"dest={os.fspath(path)}: the ONNX export of PyTorch {torch.__version__} cannot trace these networks; use "
+            f"PyTorch {OLDEST_TORCH} or newer for this command"
+        )
     batch = torch.export.Dim("batch", min=1, max=2**16)
     example = tuple(torch.zeros(2, *shape) for shape in model.inputs.values())
     with torch.no_grad(), _quiet():

@@ -112,6 +112,13 @@ def test_without_the_optional_packages_there_is_one_sentence(tmp_path, monkeypat
     assert "ONNX needs the package onnx; pip install 'di-refine[onnx]'" in message
 
 
+def test_onnx_needs_a_newer_pytorch(tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript", reason="needs the optional package onnxscript")
+    monkeypatch.setattr(onnx_export, "OLDEST_TORCH", "99.1")
+    message = run(f"--source={GOLDEN}/stylegan2/sg2ada-orig16.pkl", f"--dest={tmp_path}/x.onnx", status=2)
+    assert "cannot trace these networks; use PyTorch 99.1 or newer" in message and not list(tmp_path.iterdir())
+
+
 def test_as_a_module():
     command = [sys.executable, "-m", "di_refine", "convert", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(di_refine.__file__).parent.parent)
@@ -133,6 +140,8 @@ CASES = [
 @pytest.mark.parametrize("name, key, options, tolerance", CASES)
 def test_onnx_runtime_agrees(name, key, options, tolerance, tmp_path):
     """The allowed 1e-4 is absolute; images here reach 12, so the limit is relative to them and smaller."""
+    if torch.__version__ < onnx_export.OLDEST_TORCH:
+        pytest.skip("the exporter of this PyTorch cannot trace these networks")
     onnx = pytest.importorskip("onnx", reason="needs the optional package onnx")
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the optional package onnxruntime")
     pytest.importorskip("onnxscript", reason="needs the optional package onnxscript")
