@@ -76,10 +76,11 @@ def main(stage: Stage, dest: str | None, limit_mib: float):
 
 def _write_network(source: Path, path: Path, kind: str) -> int:
     """Write what a generator needs, in half precision, and return its resolution."""
+    from di_refine import labels
     from di_refine.files import networks as files
     from torch_utils import persistence
 
-    networks = {key: value for key, value in files.load(source).networks.items() if key in KEPT[kind]}
+    networks = {key: value for key, value in files.load(source).networks.items() if key in (*KEPT[kind], labels.KEY)}
     persistence.save(networks, path, half=True)
     return networks[KEPT[kind][0]].img_resolution
 
