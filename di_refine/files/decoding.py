@@ -9,6 +9,7 @@ is a remark.
 import contextlib
 import io
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import IO
@@ -25,6 +26,7 @@ CMYK = "in CMYK, whose colours without a profile are approximate"
 BROKEN_EXIF = "with damaged EXIF data, taken to be upright"
 
 Image.init()
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of half the size that is refused
 # The C library gives blocks of more than 32 MiB back to the system at once, and keeps smaller ones for each thread.
 Image.core.set_block_size(1 << 26)
 _PIXELS = ["AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "SUN", "TIFF", "WEBP"]

@@ -82,10 +82,14 @@ class RunDirectory:
         """Make this process the only one that writes here, until `close` or its end, however it ends.
 
         Raises:
-            InputError: another process has the lock.
+            InputError: another process has the lock, or a log is a link or no regular file.
         """
         if self._lock is not None or not self._writes or fcntl is None:
             return
+        for path in (self.files.stats, *self.files.metrics()):  # are refused before anything is written, too
+            if os.path.lexists(path):
+                with checkpoint.saving(path):
+                    safe_files.open_append(path).close()
         # The lock is on a file that is always there, and that is never replaced by another one of its name.
         with checkpoint.saving(self.files.log):
             handle = safe_files.open_append(self.files.log)
@@ -292,7 +296,7 @@ def check_run(
     if path is None:
         return None
     run = RunDirectory(path)
-    if run.files.log.exists():
+    if os.path.lexists(run.files.log):
         run.lock()
         run.close()
     return None if state is None else (run, state)

@@ -13,7 +13,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "pretrained"
 GENERATOR = f"--network={SHIPPED / 'stylegan2-digits.pkl'}"
-RUN = ["refine.py", GENERATOR, "--kimg=0.008", "--score-warmup=0", "--batch=8", "--metrics=none"]
+RUN = [
+    "refine.py",
+    GENERATOR,
+    "--kimg=0.008",
+    "--score-warmup=0",
+    "--batch=8",
+    "--metrics=none",
+    "--tick=0.0004",
+    "--ema-kimg=0.0008",
+]
 
 
 def _pipe(path: Path) -> Path:
