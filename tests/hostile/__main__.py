@@ -1,5 +1,6 @@
-"""Prints what refusing hostile files takes: `python tests/hostile [--fresh] [CASE ...]`. Exit status 1 where one is not.
+"""Prints what refusing hostile files takes: `python tests/hostile [--fresh] [CASE ...]`.
 
+The exit status is 1 where a file is not refused as it should be.
 With `--serve`, names of cases are read from stdin, and a line of JSON for each is written.
 """
 

@@ -1,4 +1,4 @@
-"""Every command refuses hostile files: by one sentence and exit status 2, in little time and memory, leaving nothing."""
+"""Commands refuse hostile files by one sentence and exit status 2, in little time and memory."""
 
 import json
 import subprocess
@@ -29,4 +29,4 @@ def test_hostile_files_are_refused(server, name):
 
 
 def test_lists_of_cases_name_cases():
-    assert harness.HEAVY | harness.ACCEPTED <= harness.cases().keys()
+    assert harness.cases().keys() >= harness.HEAVY | harness.ACCEPTED
