@@ -32,7 +32,8 @@ def problems(dist: Path, root: Path = ROOT) -> list[str]:
     with tarfile.open(sdist) as archive:
         members = {member.name.partition("/")[2] for member in archive if member.isfile()}
     kept = [path for name in (*PACKAGES, "tests", "scripts", "docs", "pretrained") for path in (root / name).rglob("*")]
-    kept += [*root.glob("*.py"), *root.glob("requirements*.txt"), root / "Makefile", root / "pyproject.toml"]
+    kept += [path for name in ("*.py", "*.md", "requirements*.txt") for path in root.glob(name)]
+    kept += [root / "Makefile", root / "pyproject.toml"]
     files = {path.relative_to(root).as_posix() for path in kept if path.is_file() and "__pycache__" not in path.parts}
     return found + [f"the sdist lacks {name}" for name in sorted(files - members)]
 
