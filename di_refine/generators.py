@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import torch
 
+from di_refine import terminal
 from di_refine.denoisers import Denoiser
 from di_refine.edm import sampler as edm_sampler
 from di_refine.errors import InputError
@@ -271,7 +272,12 @@ class DiffusionSampler(NetworkSampler):
         self.num_steps = num_steps
 
     def _forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return edm_sampler.sample(self.net, z, labels if self.label_dim else None, num_steps=self.num_steps).float()
+        given = labels if self.label_dim else None
+
+        def beat(*_: int) -> None:  # of a large network a batch takes minutes
+            terminal.beat()
+
+        return edm_sampler.sample(self.net, z, given, num_steps=self.num_steps, progress=beat).float()
 
 
 def load_sampler(

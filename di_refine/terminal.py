@@ -1,19 +1,23 @@
 """What a person reads: progress on stderr, tables and the JSON result on stdout."""
 
+import collections
+import contextlib
 import json
 import math
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 _USER = re.compile(r"(?<=://)[^\s/?#]+(?=@)")
 _WORDS = "token|key|secret|password|passwd|signature|credential|auth"
-_WORDS = "token|key|secret|password|passwd|signature|credential|auth"
 _SECRET = re.compile(rf"(?<=[?&])([\w.-]*(?:{_WORDS})[\w.-]*=)[^\s&#]+", re.IGNORECASE)
+
+FIRST_LINE = 2.0  # seconds until the first plain line of progress
+RATE_SECONDS = 30.0  # of the newest progress, which a rate is taken from
 
 
 def without_secrets(value: Any) -> Any:
@@ -50,7 +54,7 @@ def say(sentence: object) -> str:
 
 
 class progress:
-    """Progress on stderr: a bar on a terminal, otherwise a plain line every few seconds.
+    """Progress on stderr: a bar on a terminal, otherwise a plain line after two seconds and then every ten.
 
         with progress(50_000, "sampling", "img") as bar:
             bar.update(64)
@@ -61,34 +65,80 @@ class progress:
         unit: what is counted.
         enabled: False for silence, as on all but the first process of several.
         every: seconds between plain lines.
+        done: units that were done before, in an earlier part of the same work. They count in the share, not in the
+            rate.
+        max_seconds: after so many seconds the work ends in any case; None for never.
+        check: called at every update and at every `beat`; what it raises ends the work.
     """
 
-    def __init__(self, total: int | None, desc: str, unit: str = "it", enabled: bool = True, every: float = 5.0):
+    def __init__(
+        self,
+        total: int | None,
+        desc: str,
+        unit: str = "it",
+        enabled: bool = True,
+        every: float = 10.0,
+        done: int = 0,
+        max_seconds: float | None = None,
+        check: Callable[[], None] | None = None,
+    ):
         self.total, self.desc, self.unit, self.enabled, self.every = total, clean(desc), unit, enabled, every
-        self.count = self._printed = 0
+        self.count = self._printed = self._done = done
+        self._max_seconds, self._check = max_seconds, check
         self._note = ""
         self._bar = None
 
     def __enter__(self) -> "progress":
-        self._start = self._last = time.monotonic()
+        now = time.monotonic()
+        self._start, self._paused = now, 0.0
+        self._next = now + min(FIRST_LINE, self.every)
+        self._marks = collections.deque([(now, self.count)])
+        _shown.append(self)
         if self.enabled and sys.stderr.isatty():
-            scale = self.unit == "B"
-            self._bar = tqdm(total=self.total, desc=self.desc, unit=self.unit, unit_scale=scale, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=self.total,
+                desc=self.desc,
+                unit=self.unit,
+                unit_scale=self.unit == "B",
+                dynamic_ncols=True,
+                initial=self.count,
+            )
         return self
 
     def __exit__(self, kind, *_) -> None:
+        _shown.remove(self)
         if self._bar is not None:
             self._bar.close()
         elif self.enabled and kind is None and self.count > self._printed:
-            self._print(time.monotonic())
+            now = time.monotonic()
+            if self._printed > self._done or now >= self._next:  # what was quick is not worth a line
+                self._print(now)
 
     def update(self, count: int = 1) -> None:
-        """Add `count` units."""
-        self.count += count
+        """Add `count` units; those beyond the total are not shown."""
+        before, self.count = self.count, self.count + count
+        if self.total is not None:
+            self.count = min(self.count, self.total)
         if self._bar is not None:
-            self._bar.update(count)
-        elif self.enabled and (now := time.monotonic()) - self._last >= self.every:
+            self._bar.update(self.count - before)
+        elif self.enabled and (now := time.monotonic()) >= self._next:
             self._print(now)
+        if self._check is not None:
+            self._check()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Other work, whose time does not count in the rate, but does in `max_seconds`."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - start
+            self._paused += seconds
+            self._marks = collections.deque((at + seconds, count) for at, count in self._marks)
+            if self._bar is not None:
+                self._bar.start_t += seconds
+                self._bar.last_print_t += seconds
 
     def note(self, text: str) -> None:
         """A few words shown after the numbers, such as the current loss."""
@@ -97,14 +147,39 @@ class progress:
             self._bar.set_postfix_str(text, refresh=False)
 
     def _print(self, now: float) -> None:
-        self._last, self._printed = now, self.count
-        elapsed = max(now - self._start, 1e-9)
+        self._next, self._printed = now + self.every, self.count
+        self._marks.append((now, self.count))
+        finished = self.count == self.total
+        while len(self._marks) > 2 and not finished and self._marks[1][0] <= now - RATE_SECONDS:
+            self._marks.popleft()
+        elapsed = now - self._start - self._paused
+        since, seen = (self._start + self._paused, self._done) if finished else self._marks[0]
+        rate = (self.count - seen) / max(now - since, 1e-9)
         share = f"/{self.total} {self.unit} ({self.count / self.total:.0%})" if self.total else f" {self.unit}"
-        left = (self.total - self.count) * elapsed / self.count if self.total and self.count else 0
-        words = [f"{self.desc}: {self.count}{share}", f"{self.count / elapsed:.4g} {self.unit}/s"]
-        words += [f"{format_time(left)} left"] if left > 0 else [f"took {format_time(elapsed)}"] if self.total else []
+        words = [f"{self.desc}: {self.count}{share}", f"{rate:.4g} {self.unit}/s"]
+        if finished:
+            words.append(f"took {format_time(elapsed)}")
+        elif self.total and rate:
+            words.append(self._left((self.total - self.count) / rate, now))
         words += [self._note] if self._note else []
         say(", ".join(words))
+
+    def _left(self, seconds: float, now: float) -> str:
+        limit = math.inf if self._max_seconds is None else max(self._start + self._max_seconds - now, 0)
+        return f"{format_time(limit)} left to the time limit" if limit < seconds else f"{format_time(seconds)} left"
+
+
+_shown: list[progress] = []
+
+
+def beat() -> None:
+    """Say, within one unit of work that takes long, that it goes on; the innermost progress is shown where it is due.
+
+    Raises:
+        Exception: what the `check` of that progress raises.
+    """
+    if _shown:
+        _shown[-1].update(0)
 
 
 def format_time(seconds: float) -> str:

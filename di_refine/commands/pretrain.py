@@ -28,6 +28,7 @@ Trained = TypeVar("Trained", bound="Trainable")
 if TYPE_CHECKING:
     import torch
 
+    from di_refine.commands.overview import Overview
     from di_refine.files.datasets import ImageDataset, Stream
     from di_refine.generators import NetworkSampler
     from di_refine.labels import LabelLaw
@@ -254,6 +255,7 @@ def train(
     net: torch.nn.Module,
     networks: Callable[[], dict[str, Any]],
     status: dict[str, str],
+    overview: Overview,
     dry_run: bool,
 ) -> int:
     """Train, print the JSON result, and return the exit status.
@@ -265,24 +267,17 @@ def train(
         net: the average that is the result.
         networks: returns what a snapshot's file holds.
         status: name in the trainer's statistics -> short name, for the status lines.
+        overview: what is said before the training begins.
         dry_run: check everything and print the record instead.
     """
     from di_refine.commands import report
-    from di_refine.commands.training import Session
-    from di_refine.files import pictures
+    from di_refine.commands.training import Session, unless_interrupted
     from di_refine.runs.loop import Snapshot, measure
     from torch_utils import distributed
 
     dataset, seed = material.dataset, material.seed
     final = material.final_evaluator
     evaluators = [evaluator for evaluator in (material.evaluator, final) if evaluator is not None]
-
-    def picture(path: Path) -> None:
-        if material.labels.names and material.labels.has_classes:
-            report.save_class_grid(path, sampler(net))
-        else:
-            samples, _ = sampler(net)(0, 64, seed)
-            pictures.save_grid(path, samples, scale=max(1, 32 // dataset.resolution))
 
     session = Session(
         trainer=trainer,
@@ -293,12 +288,14 @@ def train(
         record=material.record(),
         networks=networks,
         sampler=lambda: sampler(net),
-        picture=picture,
+        picture=lambda path: report.save_class_grid(path, sampler(net)),
         status=status,
         evaluator=material.evaluator,
         measured=lambda: [(evaluator, sampler(net)) for evaluator in evaluators],
         seed=seed,
+        overview=overview,
         stream=material.stream,
+        untrained=True,
     )
     if dry_run:
         session.check()
@@ -307,8 +304,10 @@ def train(
     loop = session.train(directory, state)
     last = loop.last or Snapshot(0, None)  # a signal may come before there is any
     results = dict(last.results)
-    if final is not None and not loop.interrupted:
-        results |= measure(final, sampler(net), seed, directory, None if last.path is None else last.path.name)
+    if final is not None:
+        name = None if last.path is None else last.path.name
+        measured = unless_interrupted(loop, directory, lambda: measure(final, sampler(net), seed, directory, name))
+        results |= measured or {}
     directory.close()
     result = {
         "run_dir": str(directory.path),
@@ -345,6 +344,7 @@ def teacher(context, dry_run, device, **values):
     # PyTorch is imported here and not above, so that --help is quick.
     import torch
 
+    from di_refine.commands.overview import Overview
     from di_refine.generators import DiffusionSampler
     from di_refine.pretraining.teacher import TeacherTrainer, build
     from torch_utils import distributed
@@ -370,6 +370,9 @@ def teacher(context, dry_run, device, **values):
                 **material.kept_labels,
             },
             status={"loss": "loss", "grad_norm": "|g|"},
+            overview=Overview(
+                {"network": trainer.net}, trainer.config.batch, place, trainer.config.precision, material.dataset
+            ),
             dry_run=dry_run,
         )
 
@@ -389,6 +392,7 @@ def gan(context, dry_run, device, **values):
     Options that are not given are fitted to the images, the device and the length; --dry-run shows what results.
     """
     # PyTorch is imported here and not above, so that --help is quick.
+    from di_refine.commands.overview import Overview
     from di_refine.generators import GeneratorSampler, StyleGAN2Generator
     from di_refine.pretraining import gan as adversarial
     from torch_utils import distributed
@@ -399,6 +403,7 @@ def gan(context, dry_run, device, **values):
 
     with distributed.process_group(cli.pick_device(device)) as place:
         trainer, material = fit(context, "stylegan2", GAN, values, place, trainer_of)
+        fp16 = trainer.G.synthesis.num_fp16_res > 0
         return train(
             material,
             trainer,
@@ -413,6 +418,13 @@ def gan(context, dry_run, device, **values):
                 "augment_pipe": trainer.augment_pipe,
             },
             status={"loss_G": "G", "loss_D": "D", "r1_penalty": "R1", "augment_p": "p"},
+            overview=Overview(
+                {"G": trainer.G, "D": trainer.D},
+                trainer.config.batch,
+                place,
+                "fp16 at high resolutions" if fp16 and place.type == "cuda" else "fp32",
+                material.dataset,
+            ),
             dry_run=dry_run,
         )
 

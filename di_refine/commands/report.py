@@ -1,5 +1,6 @@
 """What `refine.py` and `distill.py` say at the end: a table of original, result and teacher, and a picture of both."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from di_refine.commands.job import Job
 from di_refine.files import networks, pictures
 from di_refine.generators import NetworkSampler
 from di_refine.metrics.evaluate import Evaluator
+from di_refine.runs import stopping
 from di_refine.runs.directory import RunDirectory
 from di_refine.runs.loop import Loop, Snapshot, measure
 from torch_utils import distributed
+
+DRAWING_SECONDS = 15.0  # after which a picture in the course of a training gets no further row
 
 COLUMNS = 10
 """Of the picture that compares before and after; they are classes where there are any."""
@@ -38,19 +42,38 @@ def finish(job: Job, loop: Loop, net: torch.nn.Module, directory: RunDirectory) 
         _print(job, loop, rows, directory)
 
 
-def class_grid(sampler: NetworkSampler, rows: int = 8) -> tuple[torch.Tensor, pictures.Titles]:
+def class_grid(
+    sampler: NetworkSampler, rows: int = 8, seconds: float | None = None
+) -> tuple[torch.Tensor, pictures.Titles]:
     """Samples from fixed latents, uint8 `[10 rows, C, R, R]`, and titles of the ten columns.
 
     The columns are classes where there are any; those that are never drawn are left out.
+
+    Args:
+        sampler: makes them.
+        rows: how many.
+        seconds: begin no further row after so long, as a large diffusion model takes minutes for all; None for no
+            limit.
+
+    Raises:
+        stopping.Interrupted: inside a loop, when a signal asks it to stop.
     """
-    seeds, law = list(range(COLUMNS * rows)), sampler.law
-    labels = law.of_seeds(seeds)
-    if law.label_dim and law.has_classes:
-        present = torch.tensor(law.present)
-        columns = torch.arange(COLUMNS)
-        columns = columns * len(present) // COLUMNS if len(present) > COLUMNS else columns % len(present)
-        labels = torch.eye(law.label_dim)[present[columns].repeat(rows)]
-    return pictures.to_uint8(sampler.images(seeds, labels)), law.titles(labels, COLUMNS, pictures.is_drawable)
+    start, law, parts = time.monotonic(), sampler.law, []
+    with terminal.progress(rows, "drawing", "rows", check=stopping.check) as bar:
+        for row in range(rows):
+            if row and seconds is not None and time.monotonic() - start > seconds:
+                break
+            seeds = list(range(COLUMNS * row, COLUMNS * (row + 1)))
+            labels = law.of_seeds(seeds)
+            if law.label_dim and law.has_classes:
+                present = torch.tensor(law.present)
+                columns = torch.arange(COLUMNS)
+                columns = columns * len(present) // COLUMNS if len(present) > COLUMNS else columns % len(present)
+                labels = torch.eye(law.label_dim)[present[columns]]
+            parts.append((pictures.to_uint8(sampler.images(seeds, labels)), labels))
+            bar.update()
+    images, all_labels = (torch.cat(part) for part in zip(*parts))
+    return images, law.titles(all_labels, COLUMNS, pictures.is_drawable)
 
 
 def _final_rows(
@@ -77,8 +100,8 @@ def _final_rows(
 
 
 def save_class_grid(path: Path, sampler: NetworkSampler) -> None:
-    """Write `class_grid` as a picture in which small images are enlarged."""
-    samples, titles = class_grid(sampler)
+    """Write `class_grid` as a picture in which small images are enlarged; what is slow has fewer rows."""
+    samples, titles = class_grid(sampler, seconds=DRAWING_SECONDS)
     pictures.save_grid(path, samples, COLUMNS, scale=max(1, 32 // sampler.resolution), titles=titles)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from di_refine import terminal
 from di_refine.commands import report
 from di_refine.commands.job import Job, description, make_trainer
+from di_refine.commands.overview import Overview
 from di_refine.commands.training import Session
 from di_refine.files.datasets import Stream
 from di_refine.generators import NetworkSampler
@@ -61,7 +62,6 @@ def run(job: Job) -> int:
     trainer, stream = make_trainer(job)
     session = _session(job, trainer, stream)
     directory, state = session.open()
-    directory.log(f"run directory: {directory.path}")
     for note in notes:
         directory.log(note)
     loop = session.train(directory, state)
@@ -92,6 +92,13 @@ def _session(job: Job, trainer: Trainer, stream: Stream | None) -> Session:
         evaluator=job.evaluator,
         measured=measured,
         seed=job.trainer.seed,
+        overview=Overview(
+            {"generator": trainer.generator, "teacher": trainer.teacher},
+            job.trainer.batch,
+            job.device,
+            job.trainer.precision,
+            job.dataset,
+        ),
         warmup=job.trainer.warmup_nimg,
         stream=stream,
     )

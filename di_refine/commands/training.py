@@ -5,18 +5,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from di_refine.commands.overview import Overview
 from di_refine.errors import InputError
 from di_refine.files.datasets import Stream
 from di_refine.generators import NetworkSampler
 from di_refine.metrics.config import MeasureConfig
 from di_refine.metrics.evaluate import Evaluator
+from di_refine.runs import checkpoint, stopping
 from di_refine.runs.config import LoopConfig, RunConfig
 from di_refine.runs.directory import RunDirectory, check_run, open_run
 from di_refine.runs.loop import Loop, Trainable, measure
 from torch_utils import distributed
 from torch_utils.settings import Settings, declared, may_change
+
+T = TypeVar("T")
 
 FACTS = frozenset(["network_file", "teacher_files", "data_file", "labels_from", "sources", "torch", "device"])
 """What `training_options.json` records besides settings, and what may be otherwise when a run is continued."""
@@ -38,6 +42,19 @@ def images_per_second(trainer: Trainable, seconds: float = 10) -> float:
         steps += 1
     trainer.check_finite("none yet")
     return distributed.broadcast_object((trainer.nimg - seen) / (time.monotonic() - start))
+
+
+def unless_interrupted(loop: Loop, directory: RunDirectory, work: Callable[[], T]) -> T | None:
+    """What some work after a loop returns; None where a signal ended the loop, or ends the work."""
+    if loop.interrupted:
+        return None
+    with stopping.StopRequest():
+        try:
+            return work()
+        except stopping.Interrupted as reason:
+            loop.stopped = str(reason)
+            directory.log(f"{reason}: nothing more is measured or drawn; the networks are saved")
+            return None
 
 
 def make_evaluator(
@@ -82,8 +99,10 @@ class Session:
         evaluator: measures at snapshots; None measures nothing.
         measured: returns everything that will be measured: evaluators, each with a sampler.
         seed: of the measurements.
+        overview: what is said before the training begins.
         warmup: images at the start during which nothing visible changes.
         stream: the images that the trainer reads, if it reads any.
+        untrained: whether the network is new at the start.
     """
 
     trainer: Trainable
@@ -99,8 +118,10 @@ class Session:
     evaluator: Evaluator | None
     measured: Callable[[], list[tuple[Evaluator, NetworkSampler]]]
     seed: int
+    overview: Overview
     warmup: int = 0
     stream: Stream | None = None
+    untrained: bool = False
 
     def check(self) -> None:
         """Refuse what `open` and `train` would refuse, and write nothing.
@@ -125,7 +146,9 @@ class Session:
             InputError: as `runs.directory.open_run`, or a metric does not suit what is to be measured.
         """
         self._check_measured()
-        return open_run(*self._place())
+        directory, state = open_run(*self._place())
+        directory.log(f"run directory: {directory.path}")
+        return directory, state
 
     def _check_measured(self) -> None:
         for evaluator, sampler in self.measured():
@@ -148,6 +171,11 @@ class Session:
         try:
             if state is not None:
                 loop.resume(state)
+            if distributed.is_first():
+                for line in self.overview.lines(self.loop, self.warmup, self.evaluator):
+                    directory.log(line)
+                with checkpoint.saving(directory.files.reals):
+                    self.overview.draw_reals(directory.files.reals)
             loop()
         except InputError:
             if self.trainer.nimg == 0:
@@ -173,4 +201,5 @@ class Session:
             status=self.status,
             data_wait=None if stream is None else lambda: stream.seconds,
             warmup=self.warmup,
+            untrained=self.untrained,
         )

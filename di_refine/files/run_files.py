@@ -49,6 +49,11 @@ class RunFiles:
         return list(self.path.glob(f"{self.events.name}.*"))
 
     @property
+    def reals(self) -> Path:
+        """The picture of the images that the run reads."""
+        return self.path / "reals.png"
+
+    @property
     def before_after(self) -> Path:
         """The picture that compares the generator at the start and at the end."""
         return self.path / "before_after.png"

@@ -85,9 +85,11 @@ class Loop:
         data_wait: returns the seconds that the trainer has waited for data so far; None where that is not known.
         warmup: images at the start during which nothing visible changes. There are no snapshots then, and the speed
             does not count them.
+        untrained: whether the network is new at the start, so that there is nothing to measure or draw yet.
 
     Attributes:
-        first, best, last: the snapshots of the start, the best so far, and the newest; None before there is one.
+        first, best, last: the snapshots of the start (where that is not measured, the first that is), the best so far,
+            and the newest; None before there is one.
         stopped: why the loop stopped before its end: 'SIGTERM', 'SIGUSR1', 'SIGINT', 'max_minutes', 'stop_if_worse';
             None if it did not.
         train_seconds, train_images: how long training took for how many images, over all sessions of the run.
@@ -105,9 +107,10 @@ class Loop:
         status: dict[str, str] | None = None,
         data_wait: Callable[[], float] | None = None,
         warmup: int = 0,
+        untrained: bool = False,
     ):
         self.run, self.trainer, self.config = run, trainer, config
-        self._warmup = warmup
+        self._warmup, self._untrained = warmup, untrained
         self._networks, self._evaluate, self._picture = networks, evaluate, picture
         self._higher, self._status, self._data_wait = higher_is_better, status or {}, data_wait
         self._waited = 0.0
@@ -117,6 +120,7 @@ class Loop:
         self.stopped: str | None = None
         self.train_seconds = 0.0
         self.train_images = 0
+        self._warming = 0, 0.0  # images and seconds of the warm-up
         self._means = Means()
         self._tick_images, self._tick_seconds = 0, 0.0
         self._ticks = 0
@@ -128,8 +132,9 @@ class Loop:
 
     @property
     def images_per_sec(self) -> float:
-        """The training speed so far, without metrics and snapshots."""
-        return self.train_images / self.train_seconds if self.train_seconds else 0.0
+        """The training speed so far, without metrics and snapshots; of a warm-up only where there is nothing else."""
+        images, seconds = (self.train_images, self.train_seconds) if self.train_images else self._warming
+        return images / seconds if seconds else 0.0
 
     @property
     def interrupted(self) -> bool:
@@ -176,9 +181,17 @@ class Loop:
             self.run.lock()
             if not self._resumed:
                 self.run.rewind(-1)
+            limit = self.config.max_minutes and self.config.max_minutes * 60
             with (
-                stopping.StopRequest(self.config.max_minutes and self.config.max_minutes * 60) as request,
-                terminal.progress(self.config.total_nimg, "training", "img", enabled=distributed.is_first()) as bar,
+                stopping.StopRequest(limit) as request,
+                terminal.progress(
+                    self.config.total_nimg,
+                    "training",
+                    "img",
+                    enabled=distributed.is_first(),
+                    done=min(self.trainer.nimg, self.config.total_nimg),
+                    max_seconds=limit,
+                ) as bar,
             ):
                 self._train(request, bar)
         except BaseException:
@@ -187,10 +200,13 @@ class Loop:
         if self.stopped:
             self.run.log(f"stopped by {self.stopped} at {self.trainer.nimg / 1000:.3f} kimg")
 
+    @property
+    def _is_untrained(self) -> bool:
+        return self._untrained and self.trainer.nimg == 0
+
     # ------------------------------------------------------------------------------------------------------------------
 
     def _train(self, request: stopping.StopRequest, bar: terminal.progress) -> None:
-        bar.update(self.trainer.nimg)
         while True:
             nimg = self.trainer.nimg
             done = nimg >= self.config.total_nimg
@@ -200,7 +216,9 @@ class Loop:
                 if self.stopped is not None and self.interrupted:
                     raise stopping.Interrupted(self.stopped)
                 if done or self.stopped or nimg >= self._next_tick:
-                    bar.note(self._tick(final=done or self.stopped is not None))
+                    with bar.pause():
+                        note = self._tick(final=done or self.stopped is not None)
+                    bar.note(note)
             except stopping.Interrupted as interrupt:
                 self.stopped = str(interrupt)
                 self._save_interrupted()
@@ -217,6 +235,8 @@ class Loop:
         if counts:
             self.train_images += images
             self.train_seconds += seconds
+        else:
+            self._warming = self._warming[0] + images, self._warming[1] + seconds
 
     def _tick(self, final: bool) -> str:
         nimg = self.trainer.nimg
@@ -239,6 +259,8 @@ class Loop:
         if due and fresh and (nimg == 0 or nimg > self._warmup or final):
             results = self._snapshot()
             record.update(results)
+        elif nimg > self._warmup >= self._recorded:  # soon after the start, to be seen rather than measured
+            self._draw()
         # The line comes before the state: whoever continues from a state finds the lines up to it complete.
         record["timestamp"] = time.time()
         self.run.append_stats(record)
@@ -260,19 +282,23 @@ class Loop:
 
     def _snapshot(self) -> dict[str, float]:
         nimg = self.trainer.nimg
-        results = distributed.broadcast_object(self._evaluate()) if self._evaluate else {}
+        evaluate = None if self._is_untrained else self._evaluate
+        results = {} if evaluate is None else distributed.broadcast_object(evaluate())
         path = self._save_network() if nimg > 0 else None  # at the start the file would be a copy of what was given
         snapshot = Snapshot(nimg, path, results)
-        if self._picture is not None and distributed.is_first():
-            image = self.run.files.samples(nimg)
-            with checkpoint.saving(image):
-                self._picture(image)
-        if self.first is None:
+        self._draw()
+        if self.first is None or (results and not self.first.results):
             self.first = snapshot
         self.last = snapshot
         if path is not None and (self.best is None or self._is_better(results, self.best.results)):
             self.best = snapshot
         return results
+
+    def _draw(self) -> None:
+        if self._picture is not None and distributed.is_first() and not self._is_untrained:
+            image = self.run.files.samples(self.trainer.nimg)
+            with checkpoint.saving(image):
+                self._picture(image)
 
     def _save_network(self) -> Path:
         nimg = self.trainer.nimg
@@ -438,10 +464,9 @@ def measure(
     total = evaluator.num_images(sampler)
 
     def progress(count: int) -> None:  # of this process; the others are about as far
-        bar.update(min(count * distributed.world_size(), total - bar.count))
-        stopping.check()
+        bar.update(count * distributed.world_size())
 
-    with terminal.progress(total, what, "img", enabled=distributed.is_first()) as bar:
+    with terminal.progress(total, what, "img", enabled=distributed.is_first(), check=stopping.check) as bar:
         results = evaluator(sampler, seed=seed, progress=progress)
         bar.update(total - bar.count)
     if distributed.is_first():

@@ -159,8 +159,10 @@ def test_plain_progress_goes_to_stderr_in_lines(capsys):
         bar.update(6)
     with terminal.progress(2, "silent", enabled=False, every=0) as bar:
         bar.update(2)
-    with terminal.progress(None, "reading", "B") as bar:
+    with terminal.progress(None, "reading", "B", every=0) as bar:
         bar.update(3)
+    with terminal.progress(2, "what is quick is not worth a line") as bar:
+        bar.update(2)
     output = capsys.readouterr()
     lines = output.err.splitlines()
     assert output.out == "" and len(lines) == 3

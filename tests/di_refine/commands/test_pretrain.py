@@ -216,7 +216,7 @@ def test_features_and_metrics_during_training(tmp_path, data):
     result = report(pretrain(GAN, data, tmp_path, "--kimg=0.008", "--snap=1", *metrics))
     assert result["fd1k_full@toy"] > 0
     rows = (Path(result["run_dir"]) / "metric-fd1k_full@toy.jsonl").read_text().splitlines()
-    assert [json.loads(row)["snapshot_pkl"] for row in rows] == [None, "network-snapshot-000000.pkl"]
+    assert [json.loads(row)["snapshot_pkl"] for row in rows] == ["network-snapshot-000000.pkl"]
 
 
 def test_options_of_the_teacher_reach_its_trainer(tmp_path, data, monkeypatch):

@@ -17,6 +17,7 @@ import ranks
 import torch
 from PIL import Image
 
+from di_refine import terminal
 from di_refine.errors import InputError, RunError
 from di_refine.files import datasets
 from di_refine.runs import checkpoint, stopping
@@ -310,6 +311,48 @@ def test_measuring_is_given_up_for_a_signal_and_done_again(tmp_path):
     second()
     assert [record.get("fd") for record in stats(second.run)] == [1, 1, 8, 7, 6]
     assert stats(second.run)[2]["loss"] == 1498, "with the whole tick's mean"
+
+
+def test_the_speed_is_known_also_where_all_is_warm_up(tmp_path):
+    loop = make_loop(tmp_path, scores=falling, warmup=10**6)
+    loop()
+    assert loop.train_images == 0 and loop.images_per_sec > 0
+
+
+def test_progress_begins_where_the_run_goes_on(tmp_path, monkeypatch):
+    seen = []
+    real = terminal.progress
+
+    def progress(total, desc, *args, **settings):
+        seen.append((desc, settings["done"], settings["max_seconds"]))
+        return real(total, desc, *args, **settings)
+
+    monkeypatch.setattr(terminal, "progress", progress)
+    first = make_loop(tmp_path, scores=falling, trainer=CountingTrainer(events={2000: send(signal.SIGTERM)}))
+    first()
+    again(first, scores=falling, max_minutes=3)()
+    assert seen == [("training", 0, None), ("training", 2004, 180)]
+
+
+def test_an_untrained_network_is_neither_measured_nor_drawn(tmp_path):
+    """The comparison of `stop_if_worse` is then with the first that was measured."""
+    drawn = []
+    loop = make_loop(tmp_path, scores=[1.0, 2.0, 3.0, 4.0], stop_if_worse=2.5)
+    loop._untrained, loop._picture = True, lambda path: drawn.append(path.name)
+    loop()
+    assert [record.get("fd") for record in stats(loop.run)] == [None, 1, 2, 3]
+    assert loop.first.nimg == 1000 and loop.stopped == "stop_if_worse"
+    assert drawn == ["fakes000001.png", "fakes000002.png", "fakes000003.png"]
+
+
+def test_there_is_a_picture_soon(tmp_path):
+    """At the first tick after the warm-up, whenever the first snapshot comes."""
+    drawn = []
+    loop = make_loop(tmp_path, total=8000, snap=4, warmup=1500, scores=falling)
+    loop._picture = lambda path: drawn.append(path.name)
+    loop()
+    assert drawn == ["fakes_init.png", "fakes000002.png", "fakes000004.png", "fakes000008.png"]
+    assert [record.get("fd") for record in stats(loop.run)][:5] == [10, None, None, None, 6]
 
 
 def test_stop_by_the_clock_saves(tmp_path):
