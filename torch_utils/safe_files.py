@@ -6,8 +6,11 @@ library then opens it by its name. All failures are `OSError`, whose `strerror` 
 """
 
 import errno
+import io
 import json
 import os
+import pickle
+import pickletools
 import stat
 import zipfile
 from pathlib import Path
@@ -20,6 +23,14 @@ JSON_BYTES = 1 << 24  # of a JSON text with no bound of its own; its values take
 JSON_CONTAINERS = 500_000  # lists and objects in it
 NETWORK_BYTES = 1 << 33  # the largest published network of the kinds read here has 3 GB
 SAFETENSORS_HEADER = 1 << 22  # bytes; that of a network with 10,000 tensors has 1 MB
+SAVED_PICKLE = 1 << 26  # bytes of what torch.save writes beside the tensors; a state with 10,000 tensors has 2 MB
+_STORAGES = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+#: What pickles of tensors and plain values name, none of which makes more than there is in the file.
+SAVED_NAMES = {
+    "collections OrderedDict",
+    *(f"torch._utils {name}" for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")),
+    *(f"torch {name}Storage" for name in _STORAGES),
+}
 
 
 def open_regular(path: str | os.PathLike, most: int | None = None) -> IO[bytes]:
@@ -112,17 +123,65 @@ def check_safetensors(path: str | os.PathLike) -> None:
         raise OSError(errno.EFBIG, f"a header of {header} bytes, {most}", os.fspath(path))
 
 
-def unpacked_entries(archive: zipfile.ZipFile, size: int) -> list[zipfile.ZipInfo]:
-    """Return the entries of a zip file of `size` bytes that `torch.save` wrote, none of which is compressed.
+def check_saved(file: IO[bytes], size: int) -> list[zipfile.ZipInfo]:
+    """Check a file of `torch.save` before `torch.load(weights_only=True)` reads it, which has no bounds of its own.
+
+    Such a call takes bytes from packed entries, and calls what makes arrays of any size, as `bytearray(1 << 40)`.
+
+    Args:
+        file: in either of PyTorch's formats, a zip file or a row of pickles.
+        size: its bytes.
+
+    Returns:
+        The entries of the zip file; none for the other format.
 
     Raises:
-        zipfile.BadZipFile: some are compressed, or overlap: unpacked, they could be a thousand times the file.
+        zipfile.BadZipFile: entries are packed or overlap, or PyTorch would find others than Python does.
+        pickle.UnpicklingError: it holds more than tensors and plain values.
     """
-    entries = archive.infolist()
-    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-    if not stored or sum(entry.file_size for entry in entries) > size:
-        raise zipfile.BadZipFile("its entries are packed, or overlap")
-    return entries
+    file.seek(0)
+    if not zipfile.is_zipfile(file):
+        file.seek(0)
+        for _ in range(5):  # a number, a version, facts of the machine, the content, and what is stored behind it
+            _check_pickle(file)
+        return []
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        if not stored or sum(entry.file_size for entry in entries) > size:
+            raise zipfile.BadZipFile("its entries are packed, or overlap")
+        if archive.start_dir != _directory(file, size):  # Python allows for bytes before the archive, PyTorch does not
+            raise zipfile.BadZipFile("its directory is not where it says")
+        pickles = [entry for entry in entries if entry.orig_filename.lower().endswith("data.pkl")]
+        if len(pickles) != 1:
+            raise zipfile.BadZipFile(f"it has {len(pickles)} entries named data.pkl")
+        if pickles[0].file_size > SAVED_PICKLE:
+            raise zipfile.BadZipFile(f"its data.pkl has more than {SAVED_PICKLE} bytes")
+        with archive.open(pickles[0]) as content:
+            _check_pickle(io.BytesIO(content.read()))
+        return entries
+
+
+def _directory(file: IO[bytes], size: int) -> int | None:
+    """Return where the directory of a zip file begins, as its end says; None if the end is not as PyTorch writes it."""
+    file.seek(max(0, size - 98))
+    end = file.read(98)
+    if end[-22:-18] != b"PK\5\6":
+        return None
+    if end[-42:-38] != b"PK\6\7":
+        return int.from_bytes(end[-6:-2], "little")
+    record = int.from_bytes(end[-34:-26], "little")
+    return int.from_bytes(end[-50:-42], "little") if end[:4] == b"PK\6\6" and record == size - 98 else None
+
+
+def _check_pickle(file: IO[bytes]) -> None:
+    """Read a pickle to its end, making nothing of it."""
+    try:
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and argument not in SAVED_NAMES:
+                raise pickle.UnpicklingError(f"its pickle asks for {argument}, which no tensor needs")
+    except ValueError as error:
+        raise pickle.UnpicklingError(f"it is no pickle ({error})") from None
 
 
 def write_line(path: str | os.PathLike, line: str) -> None:

@@ -152,9 +152,7 @@ def _inception(path: Path, digest: str, device: str | torch.device) -> FeatureNe
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     with safe_files.open_regular(path) as file:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                safe_files.unpacked_entries(archive, path.stat().st_size)
+        safe_files.check_saved(file, os.fstat(file.fileno()).st_size)
         file.seek(0)
         with warnings.catch_warnings():  # of what is no checkpoint and will be refused
             warnings.simplefilter("ignore", UserWarning)
@@ -217,10 +215,11 @@ def _torchscript(path: Path, digest: str, device: str | torch.device) -> Feature
 
 
 def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in f"/{name}" or f"/{name}".endswith("/constants.pkl") for name in archive.namelist())
+    except Exception:  # it is no archive, or a damaged one, of which zipfile raises a dozen kinds
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any("/code/" in f"/{name}" or f"/{name}".endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _sha256(path: Path) -> str:

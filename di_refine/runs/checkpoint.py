@@ -113,9 +113,11 @@ def _check(path: str | os.PathLike) -> None:
         raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
     try:
         with file, zipfile.ZipFile(file) as archive:
-            size = os.fstat(file.fileno()).st_size
-            intact = not any(entry.external_attr & _FOLDER for entry in safe_files.unpacked_entries(archive, size))
+            entries = safe_files.check_saved(file, os.fstat(file.fileno()).st_size)
+            intact = not any(entry.external_attr & _FOLDER for entry in entries)
             intact = intact and archive.testzip() is None
+    except pickle.UnpicklingError:
+        raise CheckpointError(f"{path} is no training state (it holds more than tensors and plain values)") from None
     except Exception:  # zipfile raises a dozen kinds of them for a file that was altered
         raise CheckpointError(f"{path} is damaged (it is no archive, or one that was cut short or altered)") from None
     if not intact:

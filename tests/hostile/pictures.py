@@ -168,6 +168,15 @@ def expanded_state(folder):
     return ["refine.py", GENERATOR, f"--outdir={folder}", f"--resume={folder}", "--metrics=none"]
 
 
+def calling_state(folder):
+    """A training state of 300 bytes that asks for a bytearray of 2 GB, and makes it in the only way PyTorch allows."""
+    (folder / "training_options.json").write_text(json.dumps({"command": "refine"}))
+    call = b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R"
+    path = _zip(folder, {"x/data.pkl": b"\x80\x02" + call + b".", "x/version": b"3\n"}, zipfile.ZIP_STORED)
+    path.rename(folder / "training-state-000001.pt")
+    return ["refine.py", GENERATOR, f"--outdir={folder}", f"--resume={folder}", "--metrics=none"]
+
+
 CASES = [
     (f"pictures-{case.__name__}", case, SECONDS, MEBIBYTES)
     for case in (
@@ -186,5 +195,6 @@ CASES = [
         cifar_with_a_far_memo,
         inflating_state,
         expanded_state,
+        calling_state,
     )
 ] + [("pictures-large_at_once", large_at_once, 60, 2000), ("pictures-large_reference", large_reference, 60, 2000)]

@@ -105,8 +105,12 @@ def test_every_cut_is_noticed(tmp_path):
         path.write_bytes(whole[:size])
         with pytest.raises(checkpoint.CheckpointError, match="damaged"):
             checkpoint.load(path)
-    path.write_bytes(whole + b"x")
-    assert same(checkpoint.load(path), wanted), "what comes after the archive is not read"
+    path.write_bytes(whole)
+    assert same(checkpoint.load(path), wanted)
+    for longer in (whole + b"x", b"x" + whole):
+        path.write_bytes(longer)
+        with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+            checkpoint.load(path)
 
 
 def test_a_state_runs_no_code(tmp_path):
@@ -131,7 +135,7 @@ def test_the_newest_intact_state_is_found(tmp_path):
     assert checkpoint.newest_intact(tmp_path, said.append).name == "training-state-000009.pt"
     assert len(said) == 2
     assert "training-state-1000001.pt is damaged (it is no archive" in said[0]
-    assert "training-state-000010.pt is damaged (its checksum differs); going back to training-state-000009" in said[1]
+    assert "training-state-000010.pt is damaged" in said[1] and "; going back to training-state-000009" in said[1]
     flip(tmp_path / "training-state-000009.pt", -22)  # of the mark by which the archive's directory is found
     flip(tmp_path / "training-state-000008.pt", 0)
     with pytest.raises(checkpoint.CheckpointError, match="no training state in .* can be used"):
