@@ -10,7 +10,6 @@ each a name in the registry), `licence`, `note` and, where it is known, `sha256`
 import difflib
 import functools
 import hashlib
-import json
 import os
 import re
 from importlib import resources
@@ -20,8 +19,10 @@ from urllib.parse import unquote, urlsplit
 
 from di_refine.errors import InputError
 from di_refine.files import download
+from torch_utils import safe_files
 
 KINDS = ("stylegan2", "edm", "features", "statistics", "dataset", "inception")
+_TEXTS = ("file", "url", "sha256", "teacher", "detector", "statistics", "licence", "note")
 
 
 def pretrained_folder() -> Path:
@@ -39,9 +40,56 @@ def cache_folder() -> Path:
 
 @functools.cache
 def registry() -> dict[str, dict[str, Any]]:
-    """Return all records by name, or none where no registry is installed."""
+    """Return all records by name, or none where no registry is installed.
+
+    Raises:
+        InputError: the registry is damaged, or has a record that is none.
+    """
     path = pretrained_folder() / "registry.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        records = safe_files.read_json(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); restore it") from None
+    if not isinstance(records, dict):
+        raise InputError(f"{path} is no table of records by name; restore it")
+    for name, record in records.items():
+        if fault := _fault(name, record):
+            raise InputError(f"{path}: the record of {name!r} cannot be used: {fault}; restore it")
+    return records
+
+
+def _fault(name: str, record: Any) -> str | None:
+    """Say what is wrong with a record, or return None."""
+    if not isinstance(record, dict):
+        return "it is no object"
+    if record.get("kind") not in KINDS:
+        return f"its kind is none of {', '.join(KINDS)}"
+    if ("file" in record) == ("url" in record):
+        return "it needs either a file or a url"
+    if wrong := next((key for key in _TEXTS if not isinstance(record.get(key, ""), str)), None):
+        return f"its {wrong} is no text"
+    if not all(_is_file_name(text) for text in (name, record.get("file", name))):
+        return "a file has to be named without a folder"
+    try:
+        urlsplit(record.get("url", ""))
+    except ValueError as error:
+        return f"its url is none ({error})"
+    numbers = {key: record.get(key, 0) for key in ("resolution", "channels", "classes")}
+    if wrong := next((key for key, number in numbers.items() if type(number) is not int), None):
+        return f"its {wrong} is no whole number"
+    if wrong := next((key for key in ("refine", "distill") if not isinstance(record.get(key, {}), dict)), None):
+        return f"its {wrong} is no object"
+    names = {key: record.get(key, []) for key in ("metrics", "final_metrics")}
+    texts = {
+        key: isinstance(value, list) and all(isinstance(text, str) for text in value) for key, value in names.items()
+    }
+    return next((f"its {key} is no list of texts" for key, right in texts.items() if not right), None)
+
+
+def _is_file_name(text: str) -> bool:
+    return text.isprintable() and text not in ("", ".", "..") and not set(text) & set("/\\")
 
 
 def find(name: str) -> str | None:

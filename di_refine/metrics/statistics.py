@@ -14,6 +14,8 @@ from torch_utils.misc import open_atomic
 
 # Fields that say where statistics come from; every one may be missing, as in the official files.
 IDENTITY = ("detector", "detector_hash", "dataset", "dataset_hash", "resolution", "num_channels")
+_NUMBERS = ("count", "resolution", "num_channels")
+LARGEST = 1e100  # of a mean or covariance; squares of larger ones would not be finite
 
 
 def moments(features: np.ndarray, ddof: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -97,23 +99,39 @@ class FeatureStatistics:
             there = ", ".join([*content, *others][:20]) or "nothing"
             problem = f"{path}: lacks {' and '.join(sorted(missing))}; it holds {there}"
             raise InputError(foreign.explained(problem, path, foreign.STATISTICS))
+        _check_kinds(content, path)
         mu, sigma = content["mu"].astype(np.float64, copy=False), content["sigma"].astype(np.float64, copy=False)
-        if mu.ndim != 1 or sigma.shape != (mu.size, mu.size):
+        if mu.ndim != 1 or mu.size == 0 or sigma.shape != (mu.size, mu.size):
             raise InputError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} do not fit together")
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise InputError(f"{path}: mu or sigma holds values that are not finite")
+        if not (np.abs(mu).max() < LARGEST and np.abs(sigma).max() < LARGEST):
+            raise InputError(f"{path}: mu or sigma holds values that are not finite, or beyond {LARGEST:g}")
         features = content.get("features")
         if features is not None:
             features = features.astype(np.float32, copy=False)
             if features.ndim != 2 or features.shape[1] != mu.size:
                 raise InputError(f"{path}: features {list(features.shape)} do not fit mu of size {mu.size}")
+            if not np.isfinite(features).all():  # in the precision they are kept in
+                raise InputError(f"{path}: features hold values that are not finite")
         return cls(
             mu=mu,
             sigma=sigma,
-            count=int(content["count"]) if "count" in content else None,
+            count=content["count"].item() if "count" in content else None,
             identity={key: content[key].item() for key in IDENTITY if key in content},
             features=features,
         )
+
+
+def _check_kinds(content: dict[str, np.ndarray], path: Path) -> None:
+    """Raise InputError where arrays hold something else than the numbers and texts that belong there."""
+    for name, array in content.items():
+        if name in ("mu", "sigma", "features"):
+            if array.dtype.kind not in "fiu":
+                raise InputError(f"{path}: {name} holds no numbers, but {array.dtype}")
+            continue
+        kind, what = ("iu", "positive whole number") if name in _NUMBERS else ("U", "text")
+        if array.size != 1 or array.dtype.kind not in kind or (kind == "iu" and array.item() < 1):
+            shown = array.item() if array.size == 1 else list(array.shape)
+            raise InputError(f"{path}: {name} is no {what}, but {array.dtype} {shown}"[:500])
 
 
 class FeatureMoments:

@@ -186,7 +186,7 @@ class RunDirectory:
             log = self.files.log
             if log.exists():
                 with safe_files.open_regular(log) as file:
-                    torn = not file.read().endswith(b"\n")
+                    torn = file.seek(0, os.SEEK_END) > 0 and (file.seek(-1, os.SEEK_END), file.read())[1] != b"\n"
                 if torn:
                     self._append(log, "")
         if self.files.event_files():
@@ -388,7 +388,12 @@ def _read_options(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{file} cannot be read ({reason})") from None
-    return recorded if isinstance(recorded, dict) else None
+    if not isinstance(recorded, dict):
+        return None
+    for name, kinds in {"sources": (dict,), "minutes": (int, float), "kimg": (int, float)}.items():
+        if recorded.get(name) is not None and not isinstance(recorded[name], kinds):
+            raise InputError(f"{file} is damaged: its {name} is none; restore it, or name another `outdir`")
+    return recorded
 
 
 def _changes(recorded: dict, options: dict, may_change: Collection[str], path: Path) -> dict[str, tuple[Any, Any]]:
@@ -458,7 +463,7 @@ def _filter_lines(path: Path, keep: Callable[[dict], bool]) -> None:
         try:
             if line.endswith(b"\n") and keep(safe_files.parse_json(line)):
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             pass
     if kept != lines:
         with misc.open_atomic(path) as file:

@@ -140,3 +140,30 @@ def test_an_altered_download_is_refused(small_registry, server, cache):
         registry.resolve(f"{server.base}/ok/unlisted.pkl", offline=True)
     path.unlink()
     assert registry.resolve(f"{server.base}/ok/unlisted.pkl").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[]", "no table of records"),
+        ('{"x": 1}', "'x' cannot be used: it is no object"),
+        ('{"x": {"file": "x"}}', "its kind is none of"),
+        ('{"x": {"kind": ["edm"], "file": "x"}}', "its kind is none of"),
+        ('{"x": {"kind": "edm"}}', "either a file or a url"),
+        ('{"x": {"kind": "edm", "url": 3}}', "its url is no text"),
+        ('{"x": {"kind": "edm", "url": "https://[x"}}', "its url is none"),
+        ('{"x": {"kind": "edm", "file": "../x"}}', "named without a folder"),
+        ('{"../x": {"kind": "edm", "url": "https://x/y"}}', "named without a folder"),
+        ('{"x": {"kind": "edm", "file": "x", "classes": "ten"}}', "its classes is no whole number"),
+        ('{"x": {"kind": "edm", "file": "x", "refine": [1]}}', "its refine is no object"),
+        ('{"x": {"kind": "edm", "file": "x", "metrics": "fid"}}', "its metrics is no list of texts"),
+        ('{"x": {"kind": "edm", "file": "x", "metrics": [1]}}', "its metrics is no list of texts"),
+    ],
+)
+def test_a_damaged_registry_is_named(tmp_path, monkeypatch, text, words):
+    (tmp_path / "registry.json").write_text(text)
+    monkeypatch.setattr(registry, "pretrained_folder", lambda: tmp_path)
+    with pytest.raises(InputError, match=f"registry.json.*{words}.*; restore it"):
+        registry.registry.__wrapped__()

@@ -327,3 +327,26 @@ def test_statistics_refuse(tmp_path):
     }.items():
         with pytest.raises(InputError, match=f"{name}: .*{words}"):
             FeatureStatistics.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mu": np.array(["a", "b", "c"])}, "mu holds no numbers, but <U1"),
+        ({"mu": np.zeros(3, complex)}, "mu holds no numbers, but complex128"),
+        ({"mu": np.zeros([1, 3])}, "do not fit together"),
+        ({"mu": np.zeros(0), "sigma": np.zeros([0, 0])}, "do not fit together"),
+        ({"sigma": np.full([3, 3], 1e200)}, "not finite, or beyond 1e"),
+        ({"features": np.full([2, 3], "a")}, "features holds no numbers"),
+        ({"features": np.full([2, 3], np.inf)}, "features hold values that are not finite"),
+        ({"count": np.zeros(3, int)}, r"count is no positive whole number, but int64 \[3\]"),
+        ({"count": np.array("many")}, "count is no positive whole number, but <U4 many"),
+        ({"count": np.array(-1)}, "count is no positive whole number"),
+        ({"resolution": np.array("x")}, "resolution is no positive whole number"),
+        ({"detector": np.array(["a", "b"])}, "detector is no text"),
+    ],
+)
+def test_statistics_of_other_kinds_are_refused(tmp_path, change, words):
+    np.savez(tmp_path / "x.npz", **({"mu": np.zeros(3), "sigma": np.eye(3)} | change))
+    with pytest.raises(InputError, match=f"x.npz: .*{words}"):
+        FeatureStatistics.load(tmp_path / "x.npz")

@@ -162,6 +162,8 @@ def test_rewind_repairs_the_logs(tmp_path):
     checkpoint.save(path / "training-state-000003.pt", {})
     stats, metric = path / "stats.jsonl", path / "metric-fd@toy.jsonl"
     stats.write_text("".join(f'{{"kimg": {kimg}}}\n' for kimg in (0, 1.5, 2.0, 2.5)) + '{"kimg": 3.0, "lo')
+    with open(stats, "a") as file:
+        file.write('\n{"kimg": Infinity}\n{"kimg": "1"}\n[]\n')
     snapshots = ["null", '"network-snapshot-000002.pkl"', '"network-snapshot-000003.pkl"']
     metric.write_text("".join(f'{{"snapshot_pkl": {name}}}\n' for name in snapshots) + '{"resu')
     (path / "log.txt").write_text("tick 3 of a li")
@@ -223,3 +225,10 @@ def test_no_password_is_recorded(tmp_path):
     assert "secret" not in run.files.options.read_text() and "https://***@host/x.pkl" in run.files.options.read_text()
     again, _ = open_run(run.path, None, "x", options, [])  # compares like with like
     again.close()
+
+
+@pytest.mark.parametrize("recorded", [{"sources": "abc"}, {"sources": ["a"]}, {"minutes": "1"}, {"kimg": [1]}])
+def test_recorded_options_of_other_kinds_are_refused(tmp_path, recorded):
+    (tmp_path / "training_options.json").write_text(json.dumps({"command": "refine", **recorded}))
+    with pytest.raises(InputError, match=r"training_options\.json is damaged: its \w+ is none; restore it"):
+        open_run(tmp_path, None, "x", {"command": "refine"}, [])
