@@ -64,13 +64,16 @@ compat: setup
 	$(COMPAT)/newest/bin/python -m pip install --quiet --upgrade -e '.[dev]'
 	OMP_NUM_THREADS=1 $(COMPAT)/newest/bin/python $(SUITE)
 
-# A minute of fuzzing the reader of network pickles. The corpus stays in build/fuzz and grows with every run; what breaks
-# the reader is written there, too. Atheris has wheels for Linux.
+# A minute of fuzzing each reader. The corpora stay in build/fuzz and grow with every run; what breaks a reader is written
+# there, too. Atheris has wheels for Linux.
 FUZZ_SECONDS ?= 60
+FUZZ_TARGETS ?= networks pairs states arrays datasets registry runs
 fuzz: setup
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris==3.0.0
 	mkdir -p build/fuzz
-	cd build/fuzz && $(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzz/fuzz_persistence.py corpus -max_total_time=$(FUZZ_SECONDS)
+	cd build/fuzz && for target in $(FUZZ_TARGETS); do \
+		$(CURDIR)/$(BIN)/python $(CURDIR)/tests/fuzz/fuzz.py $$target $$target -max_total_time=$(FUZZ_SECONDS) || exit 1; \
+	done
 
 # Ten minutes of faults: kills, signals, full disk, damaged files. SOAK=gan, refine or distill for another command.
 SOAK ?= teacher

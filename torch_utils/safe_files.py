@@ -180,6 +180,8 @@ def _check_pickle(file: IO[bytes]) -> None:
         for opcode, argument, _ in pickletools.genops(file):
             if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and argument not in SAVED_NAMES:
                 raise pickle.UnpicklingError(f"its pickle asks for {argument}, which no tensor needs")
+            if opcode.name == "PROTO" and argument != 2:  # of which PyTorch would warn
+                raise pickle.UnpicklingError(f"its pickle has protocol {argument}, and torch.save writes 2")
     except ValueError as error:
         raise pickle.UnpicklingError(f"it is no pickle ({error})") from None
 
