@@ -1,8 +1,8 @@
 """Coverage-guided fuzzing of the readers of files that strangers make: `make fuzz`. Not a part of the test suite.
 
 Needs atheris (`pip install atheris`). A finding is an exception other than those that a reader documents, an action
-that no reader of data takes (a process, a connection, a file opened for writing, source text compiled), more than 5 s, or
-more than a gigabyte; libFuzzer then writes the input to the working folder and stops.
+that no reader of data takes (a process, a connection, a file opened for writing, source text compiled), more than 5 s,
+or more than a gigabyte; libFuzzer then writes the input to the working folder and stops.
 
     python tests/fuzz/fuzz.py TARGET CORPUS [-max_total_time=60] [any option of libFuzzer]
 
