@@ -19,7 +19,7 @@ sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests"), str(REPOSITORY / "te
 import atheris
 import torch
 
-with atheris.instrument_imports(include=["torch_utils", "di_refine", "torch._weights_only_unpickler"]):
+with atheris.instrument_imports(include=["torch_utils", "di_refine"]):
     from targets import TARGETS, Target
 
 _FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.connect", "compile")
@@ -70,9 +70,9 @@ def main() -> None:
     for seed in sorted(corpus.iterdir())[:20]:  # imports what is needed
         attempt(target, seed.read_bytes())
     sys.addaudithook(watch)
-    arguments = [argument for argument in sys.argv if argument != words[0]]
+    options = [argument for argument in sys.argv[1:] if argument.startswith("-")]
     settings = ["-timeout=5", "-rss_limit_mb=2048", f"-max_len={target.longest}"]
-    atheris.Setup([*arguments, *settings], lambda data: attempt(target, data))
+    atheris.Setup([sys.argv[0], str(corpus), *settings, *options], lambda data: attempt(target, data))
     atheris.Fuzz()
 
 
