@@ -150,7 +150,7 @@ def describe(error: BaseException) -> tuple[int, str] | None:
     if "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError):
         return 1, "error: out of GPU memory; use a smaller batch per GPU"
     if isinstance(error, OSError):
-        return 1, f"error: {_one_line(_os_sentence(error))}"
+        return 2 if error.errno == errno.ENAMETOOLONG else 1, f"error: {_one_line(_os_sentence(error))}"
     return None
 
 
@@ -356,9 +356,13 @@ def check_outdir(path: str | os.PathLike, option: str = "--outdir") -> Path:
     """Check, leaving nothing behind, that a folder can be written to or created.
 
     Raises:
-        InputError: naming the option, when the path is a file or writing there is refused.
+        InputError: naming the option, when the path is a file, its name is not UTF-8, or writing there is refused.
     """
     path = Path(path)
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # TensorBoard, safetensors and readers of our JSON take no other names
+        raise InputError(f"{option}={path}: its name is not UTF-8; choose another place") from None
     existing = path
     while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent

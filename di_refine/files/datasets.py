@@ -54,7 +54,9 @@ def label_array(values: Sequence[Any], names: Sequence[str], path: Path) -> np.n
         return np.array(numbers, np.int64)
     vectors: np.ndarray
     try:
-        vectors = np.array(values, np.float32)
+        found = np.array(values)
+        with np.errstate(over="ignore"):  # what is too large becomes infinite
+            vectors = found.astype(np.float32) if found.dtype.kind in "fiu" else np.empty(0)
     except (ValueError, TypeError, OverflowError):
         vectors = np.empty(0)
     if vectors.ndim != 2 or not np.isfinite(vectors).all():

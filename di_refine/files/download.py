@@ -174,7 +174,8 @@ def memory_path(path: Path) -> Path:
 def remembered(path: Path) -> str | None:
     """Return the SHA-256 that is remembered of a file, or None; of a damaged memory, words that no SHA-256 equals."""
     try:
-        return str(safe_files.read_json(memory_path(path))["sha256"])
+        digest = safe_files.read_json(memory_path(path))["sha256"]
+        return digest if re.fullmatch("[0-9a-f]{64}", digest) else _UNREADABLE
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError):

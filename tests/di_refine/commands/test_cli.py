@@ -1,6 +1,7 @@
 import errno
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ def run(error: Exception | None = None, args=()):
         (RunError("loss is not finite"), 1, "error: loss is not finite\n"),
         (click.UsageError("no."), 2, "error: no (--help lists the options)\n"),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 1, "/x: No space left on device; free some space"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/x"), 2, "error: /x: File name too long\n"),
         (torch.OutOfMemoryError("x" * 500), 1, "error: out of GPU memory; use a smaller batch per GPU\n"),
     ],
 )
@@ -47,6 +49,12 @@ def test_failures_are_one_sentence_and_a_status(error, status, sentence):
     result = run(error)
     assert result.exit_code == status
     assert sentence in result.stderr and result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+def test_a_folder_whose_name_is_not_utf8_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"^--outdir=.*: its name is not UTF-8; choose another place"):
+        cli.check_outdir(tmp_path / os.fsdecode(b"x\xff"))
+    cli.check_outdir(tmp_path / "\u00e9")
 
 
 def test_network_format_error_is_the_users_to_mend(monkeypatch):

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from di_refine.commands import dataset_tool
+from di_refine.errors import InputError
 from di_refine.files.dataset_sources import CIFAR_MEMBERS
 from di_refine.files.datasets import ImageDataset
 
@@ -390,3 +391,17 @@ def test_missing_scikit_learn_is_explained(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
     result = convert("digits", tmp_path / "out.zip")
     assert result.exit_code == 2 and "pip install scikit-learn" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "label", ["-1", "2147483648", "NaN", "1e400", "true", '"1"', "[NaN, 1]", '["1", "2"]', "[true, false]"]
+)
+def test_labels_that_a_data_set_may_not_have_are_not_written(tmp_path, photos, label):
+    """What `ImageDataset` refuses in a source must not come out of the conversion."""
+    pairs = [f'["{path.relative_to(photos).as_posix()}", {label}]' for path in photos.rglob("*.png")]
+    (photos / "dataset.json").write_text('{"labels": [' + ", ".join(pairs) + "]}")
+    result = convert(photos, tmp_path / "a.zip")
+    assert result.exit_code == 2 and "dataset.json" in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "a.zip").exists()
+    with pytest.raises(InputError, match=r"dataset\.json"):
+        ImageDataset(photos)

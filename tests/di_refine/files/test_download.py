@@ -103,7 +103,7 @@ def test_a_length_that_is_no_number(server, target):
 
 def test_a_damaged_memory_is_not_passed_over(server, target):
     download.fetch(f"{server.base}/ok/net.pkl", target)
-    for damage in ("{", "[]", '{"sha256": 5}', "[" * 9999):
+    for damage in ("{", "[]", '{"sha256": 5}', '{"sha256": ""}', '{"sha256": "a"}', "[" * 9999):
         download.memory_path(target).write_text(damage)
         assert "which was recorded at its first use in" in download.fault(target, "url")
 
