@@ -1,5 +1,6 @@
 """What the trainer calls a generator, what the metrics call a sampler, and the ones that there are of both."""
 
+import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from di_refine.files.pictures import to_uint8
 from di_refine.labels import LabelLaw
 from di_refine.noise import edm_level
 from stylegan2_ada import networks as stylegan2
-from torch_utils import misc
+from torch_utils import distributed, misc
 
 
 class Generator(Protocol):
@@ -146,6 +147,30 @@ def step_sigmas(steps: int, init_sigma: float) -> list[float]:
 # Samplers
 
 
+def check_pictures(images: torch.Tensor, name: str) -> None:
+    """Say on stderr, once for a network, that its pictures are not finite, or all of one colour.
+
+    Either is what a damaged network makes, and neither is seen in files of pictures or in the numbers of a metric.
+
+    Args:
+        images: `[N, C, R, R]` in [-1, 1].
+        name: of the network.
+    """
+    if not torch.isfinite(images).all():
+        _warn(f"pictures of {name} are not finite")
+        return
+    pixels = to_uint8(images)
+    first = pixels[:1, :, :1, :1]
+    if len(pixels) and (pixels == first).all():
+        _warn(f"pictures of {name} are constant: every pixel is {', '.join(map(str, first.flatten().tolist()))} of 255")
+
+
+@functools.cache
+def _warn(sentence: str) -> None:
+    if distributed.is_first():
+        terminal.say(f"warning: {sentence}; the network is damaged, or was never trained")
+
+
 def latents(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
     """Unit normal latents `[len(seeds), *shape]`, float32 on the CPU; sample i depends on `seeds[i]` alone.
 
@@ -169,6 +194,7 @@ class NetworkSampler(ABC):
         chunk: images per forward pass. Chunks begin at multiples of it, whatever is asked for, so random noise inputs
             do not depend on the caller's batch size.
         bridge: applied to the images, see `di_refine.bridge`.
+        name: of the network, for messages.
     """
 
     def __init__(
@@ -181,8 +207,10 @@ class NetworkSampler(ABC):
         law: LabelLaw | None = None,
         chunk: int = 128,
         bridge: torch.nn.Module | None = None,
+        name: str = "the network",
     ):
         self.net = net.to(device)
+        self.name = name
         self.device = torch.device(device)
         self.latent_shape = latent_shape
         self.num_channels, self.resolution = image
@@ -215,9 +243,11 @@ class NetworkSampler(ABC):
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 torch.manual_seed(noise_seed)
-                return self.bridge(self._forward(z, c))
+                images = self.bridge(self._forward(z, c))
         finally:
             self.net.train(training)
+        check_pictures(images, self.name)
+        return images
 
     def __call__(self, first_index: int, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """uint8 images `[count, C, R, R]` and their labels for the indices from `first_index` on."""
@@ -310,7 +340,8 @@ def load_sampler(
             another project and no `init_sigma`; or `labels` does not suit the network.
     """
     file = networks.load(path)
-    settings = {"law": label_laws.choose(labels, file.labels, dataset, label), **settings}
+    law = label_laws.choose(labels, file.labels, dataset, label)
+    settings = {"law": law, "name": os.fspath(path), **settings}
     if file.kind == networks.STYLEGAN2:
         if init_sigma is not None:
             raise InputError(f"init_sigma={init_sigma:g} is for EDM networks, and {path} is a StyleGAN2 generator")

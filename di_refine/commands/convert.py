@@ -117,6 +117,7 @@ def main(ctx, source, dest, overwrite, refresh_source, key, noise_mode, truncati
     else:
         key, model = _model(networks, path, key, noise_mode, truncation, init_sigma)
         facts = {"network": type(model.net).__name__, "key": key, "source": path.name}
+        _check_pictures(model, path)
         onnx_export.save(model, dest, {**facts, **_labels(networks.get(KEY))})
         modules = [key]
     terminal.print_result(
@@ -135,6 +136,20 @@ def _labels(law: Any) -> dict[str, str]:
     if not isinstance(law, dict):
         return {}
     return {f"label_{key}": json.dumps(law[key]) for key in ("classes", "counts") if law.get(key) is not None}
+
+
+def _check_pictures(model: "StyleGAN2Model | OneStepModel", path: Path) -> None:
+    """Say where a model makes no pictures: whoever opens the ONNX file would look for the fault elsewhere."""
+    import torch
+
+    from di_refine.generators import check_pictures, latents
+
+    inputs = [latents([0, 1], model.inputs["z"])]
+    if "c" in model.inputs:
+        classes = model.inputs["c"][0]
+        inputs.append(torch.eye(classes)[[0, classes - 1]])
+    with torch.no_grad():
+        check_pictures(model.eval()(*inputs), str(path))
 
 
 def _refuse_onnx_options(ctx: click.Context) -> None:

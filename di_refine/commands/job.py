@@ -127,14 +127,15 @@ class Job:
 
     def sampler(self, net: torch.nn.Module, noise_mode: str = "random") -> GeneratorSampler:
         """A sampler over a network of the subject's kind."""
-        return GeneratorSampler(self.subject.generator(net, noise_mode), self.device, law=self.labels)
+        generator = self.subject.generator(net, noise_mode)
+        return GeneratorSampler(generator, self.device, law=self.labels, name="the generator")
 
     def teacher_sampler(self) -> DiffusionSampler:
         """A sampler over the teacher, whose images have the size and colour of the generator's."""
         own, theirs = _image(self.subject.file.average), _image(self.teacher)
         bridge = Bridge(*theirs, *own) if own != theirs else None
         steps = self.teach.teacher_steps
-        return DiffusionSampler(self.teacher, self.device, steps, law=self.labels, bridge=bridge)
+        return DiffusionSampler(self.teacher, self.device, steps, law=self.labels, bridge=bridge, name="the teacher")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

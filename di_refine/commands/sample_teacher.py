@@ -70,7 +70,7 @@ def main(teacher, num, steps, dest, labels, label, seed, batch, overwrite, devic
         with suppress(OSError):  # the newest file is the one that was asked for last
             os.utime(dest)
     else:
-        sampler = DiffusionSampler(net, device, steps, law=law, chunk=min(batch, num))
+        sampler = DiffusionSampler(net, device, steps, law=law, chunk=min(batch, num), name=str(path))
         teacher_samples.sample(sampler, dest, num, seed, settings)
     seconds = time.monotonic() - start
     terminal.print_result(

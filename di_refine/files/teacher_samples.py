@@ -32,11 +32,13 @@ class SeededSampler(Protocol):
     """A network whose images and labels are functions of seeds, such as `di_refine.generators.NetworkSampler`.
 
     Attributes:
+        name: of the network, for messages.
         device: where it runs.
         law: what labels are drawn from.
         chunk: images per forward pass.
     """
 
+    name: str
     device: torch.device
     law: LabelLaw
     chunk: int
@@ -138,7 +140,7 @@ def _draw(
         drawn = sampler.labels(seeds)
         images = sampler.images(seeds, drawn)
         if not torch.isfinite(images).all():
-            raise RunError(f"the teacher's images are not finite, at images {start} to {indices[-1]}; check its file")
+            raise RunError(f"images {start} to {indices[-1]} of {sampler.name} are not finite; check its file")
         if sampler.law.label_dim:
             labels += (drawn.argmax(dim=1) if sampler.law.has_classes else drawn).tolist()
         yield from zip(indices, to_uint8(images).cpu().numpy())
