@@ -7,7 +7,7 @@ from typing import Any
 
 from di_refine.files import decoding
 from torch_utils import persistence
-from torch_utils.persistence import NetworkFormatError, Opaque, Record, unknown_in
+from torch_utils.persistence import Opaque, Record, unknown_in
 
 NETWORK, IMAGES, STATISTICS, DETECTOR = "network", "images", "statistics", "detector"
 """What readers expect: a network, a folder or archive of images, feature statistics, a feature network."""
@@ -59,7 +59,7 @@ def identify(path: str | os.PathLike, expected: str = NETWORK) -> str | None:
         with open(path, "rb") as file:
             head = file.read(1024)
         what = _bytes(path, head) or (_pickle(path) if head[:1] == b"\x80" else None)
-    except (OSError, zipfile.BadZipFile, NetworkFormatError):
+    except Exception:  # its reader has said what is wrong, and may have been the wrong one for a damaged file
         return None
     if what == expected or (expected, what) in _UNSURE:
         return None

@@ -78,7 +78,9 @@ class ImageFiles:
             self._is_zip = True
             try:
                 stored = [(entry.filename, _archived_name(entry)) for entry in self._zip().infolist()]
-            except (zipfile.BadZipFile, ValueError):
+            except PermissionError:
+                raise
+            except Exception:  # zipfile raises a dozen kinds of them for damaged directories
                 neither = f"{path} is neither a folder nor a zip file, or it is damaged"
                 raise InputError(f"`{setting}`: {foreign.explained(neither, path, foreign.IMAGES)}") from None
         #: How many files, by extension, are no images and were passed over.

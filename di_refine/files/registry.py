@@ -159,7 +159,10 @@ def resolve(
             says where to put the file by hand.
     """
     text = os.fspath(source)
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # ~name, and there is no such user
+        path = Path(text)
     if path.exists():
         if not (path.is_file() or path.is_dir()):  # a pipe would be waited for, a device read for ever
             raise InputError(f"{setting}={text} is neither a file nor a folder")

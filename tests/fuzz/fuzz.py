@@ -24,12 +24,12 @@ with atheris.instrument_imports(include=["torch_utils", "di_refine"]):
 
 _FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "subprocess.Popen", "socket.connect", "compile")
 _MEMORY = 1 << 20  # KiB, of the process
-_watching = False
+_watched: Target | None = None  # whose reader is at work
 
 
 def watch(event: str, args: tuple) -> None:
     """Audit hook: raise when a reader does something that only code from the file could want."""
-    if not _watching:
+    if _watched is None or event in _watched.actions:
         return
     writes = event == "open" and isinstance(args[1], str) and set(args[1]) & set("wax+")
     if event in _FORBIDDEN or writes:
@@ -38,9 +38,9 @@ def watch(event: str, args: tuple) -> None:
 
 def attempt(target: Target, data: bytes) -> None:
     """Let a target's reader read `data`."""
-    global _watching
+    global _watched
     given = target.prepare(data)
-    _watching = True
+    _watched = target
     try:
         target.read(given)
     except target.errors as error:
@@ -49,7 +49,7 @@ def attempt(target: Target, data: bytes) -> None:
         if target.printable:
             assert str(error).isprintable(), "a message must not carry control characters"
     finally:
-        _watching = False
+        _watched = None
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if used > _MEMORY:
         raise MemoryError(f"{used >> 10} MiB")

@@ -39,11 +39,13 @@ class Target:
         errors: the exceptions that it documents.
         longest: bytes of an input.
         printable: whether messages hold no control characters (the others are cleaned where they are shown).
+        actions: what it does that most may not: 'open' for writing, or 'compile', as NumPy does for headers.
     """
 
     errors: tuple[type[Exception], ...] = (InputError,)
     longest = 30_000
     printable = False
+    actions: tuple[str, ...] = ()
 
     def __init__(self):
         self._folder = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
@@ -194,6 +196,8 @@ class States(Target):
 class Arrays(Target):
     """Statistics and arrays of images in .npz files."""
 
+    actions = ("compile",)
+
     members = [
         f"{name}.npy" for name in ("mu", "sigma", "features", "count", "detector", "resolution", "arr_0", "arr_1")
     ]
@@ -316,7 +320,9 @@ class Registry(Target):
 
 
 class Runs(Target):
-    """What a run directory holds beside networks: recorded options, and logs of JSON lines."""
+    """What a run directory holds beside networks: recorded options, and logs of JSON lines, which are mended."""
+
+    actions = ("open",)
 
     def seeds(self):
         options = {"command": "refine", "lr": 0.001, "minutes": None, "kimg": 3, "sources": {"lr": "auto"}}

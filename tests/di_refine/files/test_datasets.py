@@ -400,3 +400,15 @@ def test_a_pipe_is_no_data_set(tmp_path):
     os.mkfifo(tmp_path / "a.zip")
     with pytest.raises(InputError, match="is no regular file"):
         ImageDataset(tmp_path / "a.zip")
+
+
+def test_a_zip_file_with_a_damaged_directory_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("\u00e9.png", b"")  # marked as UTF-8
+    whole = (tmp_path / "x.zip").read_bytes()
+    version = b"PK\x01\x02\x14\x03\x14"  # of the entry in the directory
+    for old, new in (("\u00e9".encode(), b"\x82\x82"), (version, version[:-1] + b"\xff")):
+        assert old in whole
+        (tmp_path / "x.zip").write_bytes(whole.replace(old, new))
+        with pytest.raises(InputError, match=r"x.zip is neither a folder nor a zip file, or it is damaged"):
+            ImageDataset(tmp_path / "x.zip")

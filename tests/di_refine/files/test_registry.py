@@ -119,6 +119,13 @@ def test_names_that_cannot_be_used(small_registry, cache):
         registry.entry("teachr")
 
 
+def test_a_home_of_nobody_is_a_name_like_others(small_registry, cache):
+    with pytest.raises(InputError, match="^network=~no-such-user is neither a file nor a name"):
+        registry.resolve("~no-such-user")
+    with pytest.raises(InputError, match="^network=~no-such-user/x.pkl: there is no such file"):
+        registry.resolve("~no-such-user/x.pkl")
+
+
 def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("DI_REFINE_CACHE", raising=False)
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
