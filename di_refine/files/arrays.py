@@ -2,7 +2,6 @@
 
 import os
 import zipfile
-import zlib
 from collections.abc import Collection
 
 import numpy as np
@@ -12,17 +11,7 @@ from torch_utils import safe_files
 ROOM, INFLATION = 1 << 26, 16  # bytes that arrays may unpack to: so many, and so many for each byte of the file
 
 #: What reading such a file may raise. All have a text that says what is wrong.
-ERRORS = (
-    OSError,
-    ValueError,
-    TypeError,
-    EOFError,
-    KeyError,
-    MemoryError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+ERRORS = (OSError, ValueError, MemoryError)
 
 
 def read(path: str | os.PathLike, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -31,6 +20,15 @@ def read(path: str | os.PathLike, wanted: Collection[str]) -> tuple[dict[str, np
     Raises:
         Exception: one of `ERRORS`; the file is missing, something else, damaged, or unpacks to too much.
     """
+    try:
+        return _read(path, wanted)
+    except ERRORS:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy's parser of headers raise a dozen kinds of them
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _read(path: str | os.PathLike, wanted: Collection[str]) -> tuple[dict[str, np.ndarray], list[str]]:
     with safe_files.open_regular(path) as file, zipfile.ZipFile(file) as archive:
         entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
         found = {name: entry for name, entry in entries.items() if name in wanted}

@@ -25,7 +25,7 @@ import torch
 from di_refine import terminal
 from di_refine.errors import InputError
 from di_refine.files import decoding
-from di_refine.files.image_files import DamagedImages, open_files
+from di_refine.files.image_files import DamagedImages, open_files, reason
 from di_refine.labels import DATASET, LabelLaw
 from torch_utils import distributed
 from torch_utils.misc import derive_seed
@@ -283,14 +283,22 @@ class ImageDataset:
 
         It changes with the rules by which pictures are read, too.
         A zip file and a folder with the same content have the same hash.
+
+        Raises:
+            DamagedImages: a file cannot be read to its end.
         """
         digest = hashlib.sha256(f"reading={decoding.VERSION};mirror={self.mirror};".encode())
         digest.update(self._labels.tobytes())
         for name in self._names:
-            with self.files.open(name) as file:
-                content = hashlib.sha256()
-                while block := file.read(1 << 20):
-                    content.update(block)
+            content = hashlib.sha256()
+            try:
+                with self.files.open(name) as file:
+                    while block := file.read(1 << 20):
+                        content.update(block)
+            except InputError:
+                raise
+            except Exception as error:  # see `ImageFiles.image`
+                raise DamagedImages(self.path, {name: reason(error)}) from None
             digest.update(name.encode() + b"\0" + content.digest())
         return digest.hexdigest()
 

@@ -130,7 +130,7 @@ class ImageFiles:
                 raise NotImplementedError(f"{size} bytes, more than the {most or MAX_BYTES} there may be")
             return self._zip().open(original)
         except (zipfile.BadZipFile, OSError, KeyError, RuntimeError, NotImplementedError) as error:
-            raise InputError(f"{self.path}: cannot read {name} ({_reason(error)})") from None
+            raise InputError(f"{self.path}: cannot read {name} ({reason(error)})") from None
 
     def image(self, name: str) -> Image.Image:
         """Decode one image, upright.
@@ -145,7 +145,7 @@ class ImageFiles:
         except InputError:
             raise
         except Exception as error:  # Pillow and zipfile raise a dozen unrelated types for damaged data
-            raise DamagedImages(self.path, {name: _reason(error)}) from None
+            raise DamagedImages(self.path, {name: reason(error)}) from None
         self._remember(name, remarks)
         return image
 
@@ -161,7 +161,7 @@ class ImageFiles:
         except InputError:
             raise
         except Exception as error:
-            raise DamagedImages(self.path, {name: _reason(error)}) from None
+            raise DamagedImages(self.path, {name: reason(error)}) from None
         self._remember(name, remarks)
         return size, mode
 
@@ -236,10 +236,10 @@ class ImageFiles:
             raise InputError(f"{where} is malformed at {place} ({error.msg}); mend it there") from None
         except UnicodeDecodeError:
             raise InputError(f"{where} is no UTF-8 text; save it as UTF-8") from None
-        except zipfile.BadZipFile as error:
-            raise InputError(f"{where} is damaged ({_reason(error)}); pack the data set anew") from None
         except ValueError as error:
             raise InputError(f"{where} cannot be used: {error}") from None
+        except Exception as error:  # zipfile raises a dozen unrelated types for damaged data
+            raise InputError(f"{where} is damaged ({reason(error)}); pack the data set anew") from None
         if not isinstance(content, dict):
             raise InputError(f'{where} is malformed; expected {{"labels": [["name", 0], ...]}}, not a list or a value')
         return content
@@ -277,7 +277,7 @@ class ArrayFiles:
         except FileNotFoundError:
             raise InputError(f"{where} does not exist") from None
         except arrays.ERRORS as error:
-            raise InputError(f"{where} is no file of arrays, or it is damaged ({_reason(error)})") from None
+            raise InputError(f"{where} is no file of arrays, or it is damaged ({reason(error)})") from None
         if "arr_0" not in found:
             problem = f"{path} holds no images, which would be in arr_0; it has {', '.join(others[:20]) or 'nothing'}"
             raise InputError(f"`{setting}`: {foreign.explained(problem, path, foreign.IMAGES)}")
@@ -358,7 +358,8 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Say what is wrong with a picture or an archive, in the words of the library that met it."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error).split(" <_io")[0]  # Pillow names the in-memory file object

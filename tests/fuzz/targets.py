@@ -275,6 +275,7 @@ class Datasets(Target):
         dataset = ImageDataset(path)
         dataset.labels(range(len(dataset)))
         dataset.label_law()
+        dataset.content_hash()
         dataset.images([0])
 
     def _convert(self, path):

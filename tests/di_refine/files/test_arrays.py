@@ -1,5 +1,7 @@
 """Arrays of others are read where they are wanted, and where they are not far larger than their file."""
 
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -25,5 +27,13 @@ def test_what_unpacks_to_much_more_than_the_file_is_refused(tmp_path, monkeypatc
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00"])
 def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(arrays.ERRORS):
+        arrays.read(tmp_path / "a.npz", ["a"])
+
+
+@pytest.mark.parametrize("header", [b"{'descr': (((((", b"(" * 5000, b"{'descr': 3}"])
+def test_headers_of_arrays_that_are_none_are_refused(tmp_path, header):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("a.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
     with pytest.raises(arrays.ERRORS):
         arrays.read(tmp_path / "a.npz", ["a"])

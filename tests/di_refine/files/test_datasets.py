@@ -402,6 +402,23 @@ def test_a_pipe_is_no_data_set(tmp_path):
         ImageDataset(tmp_path / "a.zip")
 
 
+def test_damage_within_a_zip_file_is_named_by_whatever_reads_it(tmp_path):
+    picture = io.BytesIO()
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(picture, format="PNG")
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.png", picture.getvalue())
+        archive.writestr("dataset.json", '{"labels": [["a.png", 1]]}')
+    whole = (tmp_path / "x.zip").read_bytes()
+    data = whole.index(b"IDAT") + 8
+    (tmp_path / "x.zip").write_bytes(whole[:data] + b"\xff" + whole[data + 1 :])
+    for read in (ImageDataset.content_hash, ImageDataset.decode_all):
+        with pytest.raises(DamagedImages, match=r"image a\.png is damaged"):
+            read(ImageDataset(tmp_path / "x.zip"))
+    (tmp_path / "x.zip").write_bytes(whole.replace(b'a.png", 1]]}', b'a.png", 2]]}'))
+    with pytest.raises(InputError, match=r"dataset\.json is damaged \(Bad CRC-32.*\); pack the data set anew"):
+        ImageDataset(tmp_path / "x.zip")
+
+
 def test_a_zip_file_with_a_damaged_directory_is_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("\u00e9.png", b"")  # marked as UTF-8
