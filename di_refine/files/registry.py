@@ -71,7 +71,7 @@ def _fault(name: str, record: Any) -> str | None:
     if wrong := next((key for key in _TEXTS if not isinstance(record.get(key, ""), str)), None):
         return f"its {wrong} is no text"
     if not all(_is_file_name(text) for text in (name, record.get("file", name))):
-        return "a file has to be named without a folder"
+        return "a file has to be named without a folder, in at most 200 characters"
     try:
         urlsplit(record.get("url", ""))
     except ValueError as error:
@@ -89,7 +89,7 @@ def _fault(name: str, record: Any) -> str | None:
 
 
 def _is_file_name(text: str) -> bool:
-    return text.isprintable() and text not in ("", ".", "..") and not set(text) & set("/\\")
+    return text.isprintable() and 0 < len(text) <= 200 and text not in (".", "..") and not set(text) & set("/\\")
 
 
 def find(name: str) -> str | None:
@@ -163,7 +163,7 @@ def resolve(
         path = Path(text).expanduser()
     except RuntimeError:  # ~name, and there is no such user
         path = Path(text)
-    if path.exists():
+    if os.path.exists(path):  # which, unlike Path, takes a name of any length for no file
         if not (path.is_file() or path.is_dir()):  # a pipe would be waited for, a device read for ever
             raise InputError(f"{setting}={text} is neither a file nor a folder")
         return path
@@ -194,7 +194,7 @@ def _cached_path(url: str, name: str | None) -> Path:
     """Return where the file of a URL is kept: under its name in the registry, or where it has none, with a hash."""
     name = name or next((full for full, record in registry().items() if record.get("url") == url), None)
     if name is None:
-        base = re.sub(r"[^\w.-]", "_", _url_name(url)) or "download"
+        base = re.sub(r"[^\w.-]", "_", _url_name(url), flags=re.ASCII)[-100:] or "download"
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{base}"
     return cache_folder() / name
 

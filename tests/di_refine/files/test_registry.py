@@ -122,8 +122,11 @@ def test_names_that_cannot_be_used(small_registry, cache):
 def test_a_home_of_nobody_is_a_name_like_others(small_registry, cache):
     with pytest.raises(InputError, match="^network=~no-such-user is neither a file nor a name"):
         registry.resolve("~no-such-user")
-    with pytest.raises(InputError, match="^network=~no-such-user/x.pkl: there is no such file"):
-        registry.resolve("~no-such-user/x.pkl")
+    for path in ("~no-such-user/x.pkl", "x/" + "y" * 5000, "x/\0"):
+        with pytest.raises(InputError, match=f"^network={path}: there is no such file"):
+            registry.resolve(path)
+    with pytest.raises(InputError, match="is not in the cache and downloading is off"):
+        registry.resolve("https://host.invalid/" + "y" * 5000, offline=True)
 
 
 def test_cache_folder(monkeypatch, tmp_path):
