@@ -23,6 +23,7 @@ from di_refine.files.dataset_writer import Picture, map_in_order, new_folders, p
 from di_refine.files.download import sha256_of
 from di_refine.files.pictures import to_uint8
 from di_refine.labels import LabelLaw
+from torch_utils import safe_files
 from torch_utils.misc import derive_seed, open_atomic
 
 LAYOUT = 1  # to be raised when samples come to be drawn in another way
@@ -95,11 +96,11 @@ def is_made(path: Path, settings: dict[str, Any]) -> bool:
     if not path.exists():
         return False
     try:
-        with zipfile.ZipFile(path) as archive:
-            record = json.loads(archive.read("dataset.json"))["conversion"]
+        with safe_files.open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            record = safe_files.parse_json(archive.read("dataset.json"), containers=10_000_000)["conversion"]
         if all(record[name] == value for name, value in settings.items()):
             return True
-    except (zipfile.BadZipFile, OSError, ValueError, KeyError, TypeError):
+    except Exception:  # of a dozen types: whatever is wrong with the file, another takes its place
         pass
     terminal.say(f"note: {path} is damaged or something else and is made anew")
     return False
