@@ -219,8 +219,14 @@ def print_result(result: dict[str, Any]) -> None:
     print(json.dumps(without_secrets(plain(result)), allow_nan=False))
 
 
-def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> None:
-    """Write an aligned plain-text table to stdout; columns of numbers are flush right."""
+def table(rows: Iterable[Sequence[Any]], header: Sequence[str], width: int = 100) -> None:
+    """Write an aligned plain-text table to stdout; columns of numbers are flush right.
+
+    Args:
+        rows: the cells.
+        header: a word for each column.
+        width: characters in a line. What does not fit comes below, in tables with the same first column.
+    """
     rows = [["" if (cell := plain(item)) is None else cell for item in row] for row in rows]
     numeric = [
         bool(rows) and all(isinstance(row[i], (int, float)) or row[i] == "" for row in rows) for i in range(len(header))
@@ -228,6 +234,17 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str]) -> None:
     text = [[clean(cell) for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in text) for i in range(len(header))]
     text.insert(1, ["-" * width for width in widths])
-    for row in text:
-        cells = [cell.rjust(width) if right else cell.ljust(width) for cell, width, right in zip(row, widths, numeric)]
-        show("  ".join(cells).rstrip())
+    blocks: list[list[int]] = []
+    room = 0
+    for i in range(1, len(header)):
+        if not blocks or widths[i] + 2 > room:
+            blocks.append([])
+            room = width - widths[0]
+        blocks[-1].append(i)
+        room -= widths[i] + 2
+    for number, block in enumerate(blocks or [[]]):
+        if number:
+            show("")
+        for row in text:
+            cells = [row[i].rjust(widths[i]) if numeric[i] else row[i].ljust(widths[i]) for i in (0, *block)]
+            show("  ".join(cells).rstrip())

@@ -205,8 +205,9 @@ class Trainer:
         Returns:
             Scalars on the device, of the whole batch and the same on all processes: `score_loss`, `score_grad_norm`,
             and after the warm-up `generator_loss` (a surrogate without meaning of its own), `generator_grad_norm`,
-            `score_gap` (mean |Dp - Dq| over pixels). With `max_grad_norm`, `..._clipped` is 1 where a gradient was too
-            long. With a density ratio `ratio_loss` (2 log 2 = 1.386 where nothing can be told apart); with an
+            `score_gap` (mean |Dp - Dq| over pixels), and with a student score `score_margin` (by how much its loss on
+            the generator's samples is below the teacher's). With `max_grad_norm`, `..._clipped` is 1 where a gradient
+            was too long. With a density ratio `ratio_loss` (2 log 2 = 1.386 where nothing can be told apart); with an
             adversarial loss `adversarial_loss`, and with a critic `critic_loss` and `critic_grad_norm`. Every sixteenth
             update of the generator has `ema_distance`, from the average to the weights, relative to the weights.
         """
@@ -313,7 +314,11 @@ class Trainer:
                 stats["adversarial_loss"] = adversarial.detach()
                 loss = loss + cfg.adversarial_weight * adversarial
             self._backward(GENERATOR, loss)
-        gap = ((x0 if dp is None else dp).detach() - dq.detach()).abs()
+        dq, known = dq.detach(), (x0 if dp is None else dp).detach()
+        gap = (known - dq).abs()
+        if dp is not None:
+            weight = expand_as(edm_weight(sigma, self._sigma_data), x0)
+            stats["score_margin"] = (weight * ((dq - x0.detach()) ** 2 - (known - x0.detach()) ** 2)).mean()
         return {**stats, "score_gap": gap.mean(), "score_gap_by_sigma": (sigma, _per_sample(gap))}
 
     def _score(

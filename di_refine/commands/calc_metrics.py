@@ -159,7 +159,10 @@ def main(context, device, **values):
             Path(config.plot).parent.mkdir(parents=True, exist_ok=True)
             result = {**result, "plot": config.plot, "curves": plots.plot_runs(config.plot, runs, names)}
         if result.get("results"):
-            terminal.table(*compare.rows(result["results"]))
+            rows, header, legend = compare.table(result["results"])
+            terminal.table(rows, header)
+            for line in legend:
+                terminal.show(line)
         terminal.print_result(result)
 
 
@@ -230,7 +233,7 @@ def _check_outputs(config: CalcConfig, measuring: bool, runs: Sequence[Path]) ->
 def _measure(sources: Sequence[Source], config: CalcConfig, device: str) -> dict[str, Any]:
     """Measure all sources, write the files that belong to the results, and return the JSON result."""
     from di_refine.files.datasets import ImageDataset
-    from di_refine.generators import load_sampler
+    from di_refine.generators import DiffusionSampler, load_sampler
     from di_refine.metrics import compare
     from di_refine.metrics.evaluate import Evaluator
     from di_refine.metrics.sources import ImageSampler
@@ -268,7 +271,7 @@ def _measure(sources: Sequence[Source], config: CalcConfig, device: str) -> dict
 
     samplers = [sampler_of(source) for source in sources]
     if not specs:
-        return {"results": [], "warnings": [], **_grid(config, sources, samplers)}
+        return {"results": [], "warnings": [], **_grid(config, sources, samplers, [])}
     evaluator = Evaluator(
         [spec.name for spec in specs],
         references or None,
@@ -295,9 +298,11 @@ def _measure(sources: Sequence[Source], config: CalcConfig, device: str) -> dict
         results = _measure_one(evaluator, sampler, source.path.name, repeats, shown)
         if shown and config.jsonl and source.is_network:
             _record(source.path, results)
-        summaries += [compare.summarise(source.name, list(of_metric)) for of_metric in zip(*results)]
+        steps = sampler.num_steps if isinstance(sampler, DiffusionSampler) else None
+        of_source = [compare.summarise(source.name, list(of_metric)) for of_metric in zip(*results)]
+        summaries += [{**summary, "steps": steps} for summary in of_source]
     compare.add_differences(summaries)
-    return {"results": summaries, "warnings": evaluator.warnings, **_grid(config, sources, samplers)}
+    return {"results": summaries, "warnings": evaluator.warnings, **_grid(config, sources, samplers, summaries)}
 
 
 def _registered_metrics(paths: Sequence[Path]) -> list[str]:
@@ -342,21 +347,29 @@ def _record(path: Path, results: Sequence[Sequence[MetricResult]]) -> None:
         terminal.say(f"note: cannot write metric files into {folder} ({error.strerror or error})")
 
 
-def _grid(config: CalcConfig, sources: Sequence[Source], samplers: Sequence[Sampler]) -> dict[str, str]:
-    """Write the first pictures of each source, several side by side, if they are asked for; what the result says."""
+def _grid(
+    config: CalcConfig, sources: Sequence[Source], samplers: Sequence[Sampler], summaries: Sequence[dict[str, Any]]
+) -> dict[str, str]:
+    """Write the first pictures of each source, several side by side with their first values, if they are asked for."""
     from di_refine.files import pictures
+    from di_refine.metrics import compare
     from torch_utils import distributed
 
     grid = config.grid
     if grid is None or not distributed.is_first():
         return {}
     Path(grid).parent.mkdir(parents=True, exist_ok=True)
-    panels = []
-    for source, sampler in zip(sources, samplers):
+    titles, panels = compare.short_names([source.name for source in sources]), []
+    for source, title, sampler in zip(sources, titles, samplers):
         count = GRID_IMAGES if sampler.num_images is None else min(GRID_IMAGES, sampler.num_images)
-        panels.append((Path(source.name).name, sampler(0, count, config.seed)[0]))
+        found = next((summary for summary in summaries if summary["source"] == source.name), None)
+        if found is not None:
+            key, mean = next(iter(found["results"].items()))
+            title += f"\n{key} {compare.number(mean, found['sd'].get(key))}"
+        panels.append((title, sampler(0, count, config.seed)[0]))
     if len(panels) == 1:
-        pictures.save_grid(grid, panels[0][1])
+        images = panels[0][1]
+        pictures.save_grid(grid, images, scale=max(1, 32 // images.shape[-1]))
     else:
         pictures.save_side_by_side(grid, panels)
     return {"grid": grid}

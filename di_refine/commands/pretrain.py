@@ -272,6 +272,7 @@ def train(
     """
     from di_refine.commands import report
     from di_refine.commands.training import Session, unless_interrupted
+    from di_refine.metrics.results import values as values_of
     from di_refine.runs.loop import Snapshot, measure
     from torch_utils import distributed
 
@@ -307,7 +308,7 @@ def train(
     if final is not None:
         name = None if last.path is None else last.path.name
         measured = unless_interrupted(loop, directory, lambda: measure(final, sampler(net), seed, directory, name))
-        results |= measured or {}
+        results |= values_of(measured or [])
     directory.close()
     result = {
         "run_dir": str(directory.path),

@@ -1,19 +1,26 @@
-"""What `refine.py` and `distill.py` say at the end: a table of original, result and teacher, and a picture of both."""
+"""What `refine.py` and `distill.py` say at the end: a table with a verdict, and a picture."""
 
+import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from di_refine import terminal
+from di_refine.commands.comparison import Comparison, verdict
 from di_refine.commands.job import Job
+from di_refine.commands.training import unless_interrupted
 from di_refine.files import networks, pictures
+from di_refine.files.datasets import ImageDataset
 from di_refine.generators import NetworkSampler
-from di_refine.metrics.evaluate import Evaluator
+from di_refine.labels import LabelLaw
+from di_refine.metrics import compare
 from di_refine.runs import stopping
 from di_refine.runs.directory import RunDirectory
-from di_refine.runs.loop import Loop, Snapshot, measure
+from di_refine.runs.loop import Loop, Snapshot
 from torch_utils import distributed
 
 DRAWING_SECONDS = 15.0  # after which a picture in the course of a training gets no further row
@@ -22,24 +29,28 @@ COLUMNS = 10
 """Of the picture that compares before and after; they are classes where there are any."""
 
 
-def finish(job: Job, loop: Loop, net: torch.nn.Module, directory: RunDirectory) -> None:
-    """Measure what the table compares, draw the picture, close the directory, and print table and JSON result.
+def finish(job: Job, loop: Loop, net: torch.nn.Module, comparison: Comparison) -> None:
+    """Measure what the table compares, draw the picture, close the directory, and print table, verdict and result.
 
     Args:
         job: what was trained.
         loop: which has ended.
         net: the last average.
-        directory: of the run.
+        comparison: of the run, whose beginning is measured.
     """
-    rows: dict[str, dict[str, float]] = {}
-    if not loop.interrupted:  # who sends a signal does not want to wait for measurements
-        if job.final_evaluator is not None:
-            rows = _final_rows(job, job.final_evaluator, loop, net, directory)
+    directory = comparison.directory
+
+    def work() -> list[dict[str, Any]]:
+        comparison.finish(loop, net)
+        summaries = comparison.summaries()
         if distributed.is_first():
-            _before_after(job, directory.files.before_after, rows, net)
-    directory.close()
+            _before_after(job, directory.files.before_after, loop, summaries, net)
+        return summaries
+
+    summaries = unless_interrupted(loop, directory, work) or []  # who sends a signal does not want to wait
     if distributed.is_first():
-        _print(job, loop, rows, directory)
+        _print(job, loop, summaries, directory)
+    directory.close()
 
 
 def class_grid(
@@ -64,39 +75,34 @@ def class_grid(
             if row and seconds is not None and time.monotonic() - start > seconds:
                 break
             seeds = list(range(COLUMNS * row, COLUMNS * (row + 1)))
-            labels = law.of_seeds(seeds)
-            if law.label_dim and law.has_classes:
-                present = torch.tensor(law.present)
-                columns = torch.arange(COLUMNS)
-                columns = columns * len(present) // COLUMNS if len(present) > COLUMNS else columns % len(present)
-                labels = torch.eye(law.label_dim)[present[columns]]
+            classes = _column_classes(law)
+            labels = law.of_seeds(seeds) if classes is None else torch.eye(law.label_dim)[classes]
             parts.append((pictures.to_uint8(sampler.images(seeds, labels)), labels))
             bar.update()
     images, all_labels = (torch.cat(part) for part in zip(*parts))
     return images, law.titles(all_labels, COLUMNS, pictures.is_drawable)
 
 
-def _final_rows(
-    job: Job, evaluator: Evaluator, loop: Loop, net: torch.nn.Module, directory: RunDirectory
-) -> dict[str, dict[str, float]]:
-    """What the table says: final metrics of the original, the last, the best and the teacher."""
-    seed = job.trainer.seed
-    ends = (loop.first or Snapshot(0, None), loop.last or Snapshot(0, None), loop.best or Snapshot(0, None))
-    snapshots = dict(zip(job.subject.rows.values(), ends))
-    if evaluator is job.evaluator:
-        rows = {row: snapshot.results for row, snapshot in snapshots.items()}
-    else:
-        nets = {ends[0].path: job.subject.file.average, ends[1].path: net}
-        measured: dict[Path | None, dict[str, float]] = {}
-        for path in (snapshot.path for snapshot in ends):
-            if path not in measured:
-                which = nets[path] if path is None or path in nets else networks.load(path).average
-                name = None if path is None else path.name
-                measured[path] = measure(evaluator, job.sampler(which), seed, directory, name)
-        rows = {row: measured[snapshot.path] for row, snapshot in snapshots.items()}
-    directory.log("measuring the teacher")
-    rows["teacher"] = measure(evaluator, job.teacher_sampler(), seed, directory, None)
-    return rows
+def _column_classes(law: LabelLaw) -> list[int] | None:
+    """The class of each column; None where there are no classes."""
+    if not (law.label_dim and law.has_classes):
+        return None
+    present = law.present
+    step = len(present) / COLUMNS if len(present) > COLUMNS else 1
+    return [present[int(column * step) % len(present)] for column in range(COLUMNS)]
+
+
+def real_images(dataset: ImageDataset, law: LabelLaw, rows: int) -> np.ndarray:
+    """Images of a data set in the columns of `class_grid`, uint8 `[10 rows, C, R, R]`."""
+    classes, numbers = _column_classes(law), np.arange(len(dataset))
+    members: dict[int | None, Iterator[int]] = {
+        None: itertools.cycle(numbers[:: max(len(numbers) // (rows * COLUMNS), 1)].tolist())
+    }
+    if classes is None or not (dataset.has_labels and dataset.has_classes):
+        return dataset.images(list(itertools.islice(members[None], rows * COLUMNS)))
+    of_images = dataset.labels(numbers).argmax(axis=1)
+    members |= {number: itertools.cycle(np.flatnonzero(of_images == number).tolist()) for number in set(classes)}
+    return dataset.images([next(members[number], 0) for _ in range(rows) for number in classes])
 
 
 def save_class_grid(path: Path, sampler: NetworkSampler) -> None:
@@ -105,17 +111,27 @@ def save_class_grid(path: Path, sampler: NetworkSampler) -> None:
     pictures.save_grid(path, samples, COLUMNS, scale=max(1, 32 // sampler.resolution), titles=titles)
 
 
-def _before_after(job: Job, path: Path, rows: dict[str, dict[str, float]], net: torch.nn.Module) -> None:
-    panels = []
-    for row, which in zip(job.subject.rows.values(), (job.subject.file.average, net)):
-        values = "  ".join(f"{name} {value:.3g}" for name, value in list(rows.get(row, {}).items())[:1])
-        title = row.removesuffix(" (last)")
+def _before_after(job: Job, path: Path, loop: Loop, summaries: list[dict[str, Any]], net: torch.nn.Module) -> None:
+    """Draw the original and the best network, beside images of the data set where there is one."""
+    best, original = loop.best or Snapshot(0, None), job.subject.file.average
+    drawn = net if best.path is None or best is loop.last else networks.load(best.path).average
+    rows = job.subject.rows
+    panels: list[tuple[str, pictures.Images]] = []
+    for row, title, which in (
+        (rows["original"], f"{rows['original']}: {job.subject.file.path.stem}", original),
+        (rows["best"], f"{rows['best']}, {best.nimg / 1000:g} kimg", drawn),
+    ):
         samples, titles = class_grid(job.sampler(which, "const"))
-        panels.append((f"{title}\n{values}" if values else title, samples))
+        found = next((summary for summary in summaries if summary["source"] == row), None)
+        key, mean = next(iter(found["results"].items())) if found else ("", 0.0)
+        value = f"\n{key} {compare.number(mean, found['sd'].get(key))}" if found else ""
+        panels.append((f"{title}{value}", samples))
+    if job.dataset is not None:
+        panels.insert(0, ("real", real_images(job.dataset, job.labels, len(panels[0][1]) // COLUMNS)))
     pictures.save_side_by_side(path, panels, columns=COLUMNS, titles=titles)
 
 
-def _print(job: Job, loop: Loop, rows: dict[str, dict[str, float]], directory: RunDirectory) -> None:
+def _print(job: Job, loop: Loop, summaries: list[dict[str, Any]], directory: RunDirectory) -> None:
     last, best = (snapshot or Snapshot(0, None) for snapshot in (loop.last, loop.best))  # none yet: an early signal
     result: dict[str, Any] = {
         "run_dir": directory.path,
@@ -126,9 +142,29 @@ def _print(job: Job, loop: Loop, rows: dict[str, dict[str, float]], directory: R
         "stopped": loop.stopped,
         "labels": job.labels.described,
     }
-    if rows:
-        names = list(next(iter(rows.values())))
-        terminal.table([[row, *map(results.get, names)] for row, results in rows.items()], ["network", *names])
-        values = {key: rows[row][names[0]] for key, row in job.subject.rows.items()}
-        result = {"metric": names[0], **values, **result, "all": rows}
+    if summaries:
+        rows, header, legend = compare.table(summaries)
+        terminal.table(rows, header)
+        for line in legend:
+            terminal.show(line)
+        margins = [record["score_margin"] for record in directory.stats() if record.get("score_margin") is not None]
+        sentences = verdict(job, loop, summaries, margins)
+        for sentence in sentences:
+            directory.log(sentence)
+        means: dict[str, dict[str, float]] = {}
+        for summary in summaries:
+            means.setdefault(summary["source"], {}).update(summary["results"])
+        first = next(iter(means[job.subject.rows["original"]]))
+        values = {key: means[row][first] for key, row in job.subject.rows.items()}
+        best_row = job.subject.rows["best"]
+        changed = next(item for item in summaries if item["source"] == best_row and first in item["results"])
+        result = {
+            "metric": first,
+            **values,
+            "change": changed["delta"][first],
+            "change_interval": changed["delta_interval"].get(first),
+            "verdict": sentences,
+            **result,
+            "all": means,
+        }
     terminal.print_result(result)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from di_refine import terminal
 from di_refine.commands import report
+from di_refine.commands.comparison import Comparison
 from di_refine.commands.job import Job, description, make_trainer
 from di_refine.commands.overview import Overview
 from di_refine.commands.training import Session
@@ -62,10 +63,11 @@ def run(job: Job) -> int:
     trainer, stream = make_trainer(job)
     session = _session(job, trainer, stream)
     directory, state = session.open()
+    comparison = Comparison(job, directory)
     for note in notes:
         directory.log(note)
-    loop = session.train(directory, state)
-    report.finish(job, loop, trainer.ema.net, directory)
+    loop = session.train(directory, state, comparison.begin)
+    report.finish(job, loop, trainer.ema.net, comparison)
     return loop.exit_status
 
 

@@ -13,6 +13,7 @@ from di_refine.files.datasets import Stream
 from di_refine.generators import NetworkSampler
 from di_refine.metrics.config import MeasureConfig
 from di_refine.metrics.evaluate import Evaluator
+from di_refine.metrics.results import values
 from di_refine.runs import checkpoint, stopping
 from di_refine.runs.config import LoopConfig, RunConfig
 from di_refine.runs.directory import RunDirectory, check_run, open_run
@@ -159,15 +160,20 @@ class Session:
         changeable = frozenset(may_change(*self.settings)) | FACTS
         return self.run.outdir, self.run.resume, self.description, dict(self.record), changeable
 
-    def train(self, directory: RunDirectory, state: Path | None) -> Loop:
+    def train(self, directory: RunDirectory, state: Path | None, begin: Callable[[], None] | None = None) -> Loop:
         """Train to the end, or until a reason to stop comes up; returns the loop with its snapshots.
+
+        Args:
+            directory: where to write.
+            state: the training state to continue from; None for a new run.
+            begin: called before the first step of a new run.
 
         Raises:
             InputError: the state is damaged, or of other networks.
             RunError, NotFiniteError: as `Loop`.
         """
 
-        loop = self._loop(directory)
+        loop = self._loop(directory, begin)
         try:
             if state is not None:
                 loop.resume(state)
@@ -183,11 +189,11 @@ class Session:
             raise
         return loop
 
-    def _loop(self, directory: RunDirectory) -> Loop:
+    def _loop(self, directory: RunDirectory, begin: Callable[[], None] | None = None) -> Loop:
         def evaluate(evaluator: Evaluator) -> dict[str, float]:
             # The untouched network and every later average see the same latents, labels and noise.
             snapshot = directory.files.snapshot(self.trainer.nimg).name if self.trainer.nimg else None
-            return measure(evaluator, self.sampler(), self.seed, directory, snapshot)
+            return values(measure(evaluator, self.sampler(), self.seed, directory, snapshot))
 
         stream = self.stream
         return Loop(
@@ -201,5 +207,6 @@ class Session:
             status=self.status,
             data_wait=None if stream is None else lambda: stream.seconds,
             warmup=self.warmup,
+            begin=begin,
             untrained=self.untrained,
         )

@@ -1,9 +1,12 @@
 """Several measurements side by side: means over seeds, their spread, and differences from the first source."""
 
+import math
 import statistics as stats
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from di_refine.files.run_files import snapshot_kimg
 from di_refine.metrics.results import MetricResult
 
 LEVEL = 0.95
@@ -67,30 +70,68 @@ def add_differences(summaries: Sequence[dict[str, Any]]) -> None:
                     summary["delta_interval"][key] = bounds
 
 
-def rows(summaries: Sequence[dict[str, Any]]) -> tuple[list[list], list[str]]:
-    """Return table rows and header: metric by metric, the sources in the order given, without empty columns."""
-    columns = ["source", "metric", "labels", "value", "sd", "min", "95% interval", "delta", "95% of delta"]
-    table = []
-    for metric in dict.fromkeys(summary["metric"] for summary in summaries):
-        for summary in (summary for summary in summaries if summary["metric"] == metric):
-            for key, mean in summary["results"].items():
-                several = len(summary["seeds"]) > 1
-                table.append(
-                    [
-                        summary["source"],
-                        key,
-                        summary["labels"],
-                        mean,
-                        summary["sd"].get(key),
-                        summary["min"][key] if several else None,
-                        _bounds(summary["interval"].get(key)),
-                        summary.get("delta", {}).get(key),
-                        _bounds(summary.get("delta_interval", {}).get(key)),
-                    ]
-                )
-    used = [i for i in range(len(columns)) if any(row[i] is not None for row in table)]
-    return [[row[i] for i in used] for row in table], [columns[i] for i in used]
+def differs(summary: dict[str, Any], key: str) -> bool:
+    """Whether the interval of the difference from the first source leaves 0 out."""
+    bounds = summary.get("delta_interval", {}).get(key)
+    return bounds is not None and not bounds[0] <= 0 <= bounds[1]
 
 
-def _bounds(bounds: tuple[float, float] | None) -> str | None:
-    return None if bounds is None else f"{bounds[0]:.5g} .. {bounds[1]:.5g}"
+def number(mean: float, sd: float | None = None) -> str:
+    """A mean with its standard deviation, to the second digit of the latter: '9.15 +- 0.32'; alone, to four digits."""
+    if sd is None or not math.isfinite(sd):
+        return f"{mean:.4g}"
+    digits = min(max(1 - math.floor(math.log10(sd)), 0), 6) if sd > 0 else 4
+    return f"{mean:.{digits}f} +- {sd:.{digits}f}"
+
+
+def table(summaries: Sequence[dict[str, Any]]) -> tuple[list[list[str]], list[str], list[str]]:
+    """A table for people: a row for each source, a column for each value.
+
+    Args:
+        summaries: of `summarise`, with or without differences; `steps`, where it is there, are those of a diffusion
+            model.
+
+    Returns:
+        Rows, header, and sentences that explain them.
+    """
+    sources = list(dict.fromkeys(summary["source"] for summary in summaries))
+    keys = list(dict.fromkeys(key for summary in summaries for key in summary["results"]))
+    cells: dict[tuple[str, str], str] = {}
+    for summary in summaries:
+        for key, mean in summary["results"].items():
+            mark = " *" if differs(summary, key) else ""
+            cells[summary["source"], key] = number(mean, summary["sd"].get(key)) + mark
+    labels = {summary["source"]: summary["labels"] for summary in summaries}
+    legend, several = [], {len(summary["seeds"]) for summary in summaries} - {1}
+    if several:
+        legend.append(f"+- is the standard deviation over {' or '.join(map(str, sorted(several)))} seeds")
+    if any(cell.endswith("*") for cell in cells.values()):
+        legend.append("* differs from the first row: 0 is outside of the 95% interval of the difference, seed by seed")
+    steps = {summary["source"]: summary.get("steps") for summary in summaries}
+    titles = {
+        source: short if steps[source] is None else f"{short}, {steps[source]} steps"
+        for source, short in zip(sources, short_names(sources))
+    }
+    rows, header = (
+        [[titles[source], *(cells.get((source, key), "") for key in keys)] for source in sources],
+        ["network", *keys],
+    )
+    drawn = {value for value in labels.values() if value is not None}
+    if len(drawn) == 1:
+        legend.append(f"labels: {drawn.pop()}")
+    elif drawn:
+        rows, header = [[*row, labels[source] or ""] for source, row in zip(sources, rows)], [*header, "labels"]
+    return rows, header, legend
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names of files as people call them, without folders, where that leaves them apart.
+
+    A snapshot of a run is called by the run: 'runs/00001-mine/network-snapshot-000040.pkl' is '00001-mine at 40 kimg'.
+    """
+    short = []
+    for name in names:
+        path = Path(name)
+        kimg = snapshot_kimg(path.name)
+        short.append(path.name if kimg is None else f"{path.absolute().parent.name} at {kimg} kimg")
+    return [one if short.count(one) == 1 else name for one, name in zip(short, names)]

@@ -29,6 +29,14 @@ class MeasureConfig(Settings):
         metavar="LIST|none",
         may_change=True,
     )
+    final_seeds: int = setting(
+        3,
+        "Measure with this many seeds at the end; the interval of the difference takes two.",
+        minimum=1,
+        maximum=100,
+        group=MEASURING,
+        may_change=True,
+    )
     detector: str | None = setting(
         None,
         "Take this feature network for metrics whose network is not in the registry.",

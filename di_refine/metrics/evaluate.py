@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,6 +104,14 @@ class Evaluator:
             name: self._statistics_of(source, self.detectors[name]) if isinstance(source, ImageDataset) else source
             for name, source in self._sources.items()
         }
+
+    def identity(self) -> dict[str, Any]:
+        """What the values depend on besides the sampler: metrics, feature networks and references, by their content."""
+        nets = {str(name): net.identity.as_dict() for name, net in self.detectors.items()}
+        if self.perceptual is not None:
+            nets["perceptual"] = self.perceptual.identity.as_dict()
+        references = {str(name): source.content_hash() for name, source in self._sources.items()}
+        return {"metrics": [spec.name for spec in self.specs], "networks": nets, "references": references}
 
     def num_images(self, sampler: Sampler) -> int:
         """How many images a measurement takes: one pass for all metrics of images, and two images for each path."""

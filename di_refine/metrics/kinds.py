@@ -259,6 +259,10 @@ class MetricSpec:
         """Whether more is better; distances want to be small."""
         return self.kind.higher_is_better
 
+    def is_better(self, value: float, other: float) -> bool:
+        """Whether one value of it is better than another."""
+        return value > other if self.higher_is_better else value < other
+
     @property
     def result_keys(self) -> tuple[str, ...]:
         """The keys of its values in a metric file: the name, or `pr50k3_full_precision` and the like."""

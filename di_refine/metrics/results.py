@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,11 @@ class MetricResult:
             "detector": self.detector.as_dict(),
             "reference": self.reference,
         }
+
+
+def values(results: Iterable[MetricResult]) -> dict[str, float]:
+    """All values of several metrics by their keys."""
+    return {key: value for result in results for key, value in result.values.items()}
 
 
 def write_jsonl(run_dir: str | os.PathLike, result: MetricResult, snapshot: str | os.PathLike | None = None) -> None:

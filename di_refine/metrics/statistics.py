@@ -1,5 +1,6 @@
 """Mean and covariance of feature sets: streamed, merged over processes, stored as .npz files."""
 
+import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,11 @@ class FeatureStatistics:
     def feature_dim(self) -> int:
         """The number of features."""
         return self.mu.size
+
+    def content_hash(self) -> str:
+        """The SHA-256 of all numbers."""
+        parts = [part for part in (self.mu, self.sigma, self.features) if part is not None]
+        return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
 
     def save(self, path: str | os.PathLike, features_dtype: str = "float32", compress: bool = True) -> None:
         """Write an .npz with the official keys `mu` and `sigma`, our identity fields, and the features if kept.

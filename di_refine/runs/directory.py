@@ -136,6 +136,15 @@ class RunDirectory:
         if self._writes:
             self._append(self.files.stats, json.dumps(_finite(record), allow_nan=False))
 
+    def stats(self) -> list[dict[str, Any]]:
+        """The lines of `stats.jsonl`; what is damaged is left out."""
+        found = []
+        with contextlib.suppress(OSError), safe_files.open_regular(self.files.stats) as file:
+            for line in file:
+                with contextlib.suppress(ValueError):
+                    found.append(safe_files.parse_json(line))
+        return [record for record in found if isinstance(record, dict)]
+
     def scalars(self, record: dict[str, Any], nimg: int) -> None:
         """Write numbers for TensorBoard, where that is installed.
 

@@ -19,8 +19,9 @@ import torch
 from di_refine import terminal
 from di_refine.errors import InputError
 from di_refine.generators import Sampler
+from di_refine.metrics import kept
 from di_refine.metrics.evaluate import Evaluator
-from di_refine.metrics.results import write_jsonl
+from di_refine.metrics.results import MetricResult, write_jsonl
 from di_refine.runs import checkpoint, stopping
 from di_refine.runs.config import LoopConfig
 from di_refine.runs.directory import RunDirectory
@@ -85,6 +86,7 @@ class Loop:
         data_wait: returns the seconds that the trainer has waited for data so far; None where that is not known.
         warmup: images at the start during which nothing visible changes. There are no snapshots then, and the speed
             does not count them.
+        begin: called before the first step of a new run; signals interrupt it.
         untrained: whether the network is new at the start, so that there is nothing to measure or draw yet.
 
     Attributes:
@@ -107,10 +109,11 @@ class Loop:
         status: dict[str, str] | None = None,
         data_wait: Callable[[], float] | None = None,
         warmup: int = 0,
+        begin: Callable[[], None] | None = None,
         untrained: bool = False,
     ):
         self.run, self.trainer, self.config = run, trainer, config
-        self._warmup, self._untrained = warmup, untrained
+        self._warmup, self._begin, self._untrained = warmup, begin, untrained
         self._networks, self._evaluate, self._picture = networks, evaluate, picture
         self._higher, self._status, self._data_wait = higher_is_better, status or {}, data_wait
         self._waited = 0.0
@@ -207,6 +210,13 @@ class Loop:
     # ------------------------------------------------------------------------------------------------------------------
 
     def _train(self, request: stopping.StopRequest, bar: terminal.progress) -> None:
+        if self._begin is not None and self.trainer.nimg == 0:
+            try:
+                with bar.pause():
+                    self._begin()
+            except stopping.Interrupted as interrupt:
+                self.stopped = str(interrupt)
+                return
         while True:
             nimg = self.trainer.nimg
             done = nimg >= self.config.total_nimg
@@ -445,9 +455,15 @@ def _speed(value: Any) -> tuple[int, float]:
 
 
 def measure(
-    evaluator: Evaluator, sampler: Sampler, seed: int, run: RunDirectory, snapshot: str | None, what: str = "measuring"
-) -> dict[str, float]:
-    """Measure a sampler, append the results to the run's files of metrics, and return them by name.
+    evaluator: Evaluator,
+    sampler: Sampler,
+    seed: int,
+    run: RunDirectory,
+    snapshot: str | None,
+    what: str = "measuring",
+    name: str | None = None,
+) -> list[MetricResult]:
+    """Measure a sampler, append the results to the run's files of metrics, and return them.
 
     Args:
         evaluator: measures.
@@ -456,20 +472,23 @@ def measure(
         run: where the results are written.
         snapshot: the name of the file with the network, where it has one in the run directory.
         what: what the progress bar says.
+        name: of the measurement, where it is kept for other runs (`metrics.kept.key`).
 
     Raises:
         stopping.Interrupted: inside a loop, when a signal asks it to stop.
     """
+    results = distributed.broadcast_object(kept.load(name) if name is not None and distributed.is_first() else None)
+    if results is None:
+        total = evaluator.num_images(sampler)
 
-    total = evaluator.num_images(sampler)
+        def progress(count: int) -> None:  # of this process; the others are about as far
+            bar.update(count * distributed.world_size())
 
-    def progress(count: int) -> None:  # of this process; the others are about as far
-        bar.update(count * distributed.world_size())
-
-    with terminal.progress(total, what, "img", enabled=distributed.is_first(), check=stopping.check) as bar:
-        results = evaluator(sampler, seed=seed, progress=progress)
-        bar.update(total - bar.count)
+        with terminal.progress(total, what, "img", enabled=distributed.is_first(), check=stopping.check) as bar:
+            results = evaluator(sampler, seed=seed, progress=progress)
+        if name is not None and distributed.is_first():
+            kept.store(name, results)
     if distributed.is_first():
         for result in results:
             write_jsonl(run.path, result, snapshot)
-    return {name: value for result in results for name, value in result.values.items()}
+    return results

@@ -104,3 +104,11 @@ def test_a_long_unit_of_work_is_said_to_go_on_and_can_be_ended(clock, capsys):
         with pytest.raises(InterruptedError):
             terminal.beat()
     terminal.beat()
+
+
+def test_a_wide_table_goes_on_below(capsys):
+    terminal.table([["net", 1, 22, "x"], ["another", 3, 4, "y"]], ["name", "a" * 30, "b" * 30, "c" * 40], width=80)
+    out = capsys.readouterr().out.splitlines()
+    assert max(map(len, out)) <= 80 and out[4] == "" and len(out) == 9
+    assert out[0].split() == ["name", "a" * 30, "b" * 30] and out[5].split() == ["name", "c" * 40]
+    assert out[2].split() == ["net", "1", "22"] and out[8].split() == ["another", "y"]

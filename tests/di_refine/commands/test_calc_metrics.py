@@ -105,7 +105,8 @@ def test_images(run, folder):
     assert frechet["results"]["fd1k_full@toy"] > 0 and frechet["num_images"] == 1000 and frechet["resolution"] == 16
     assert frechet["detector"]["name"] == "toy" and frechet["reference"]["count"] == 40
     assert set(summaries["pr1k3_full@toy"]["results"]) == {"pr1k3_full@toy_precision", "pr1k3_full@toy_recall"}
-    assert lines[0].split() == ["source", "metric", "value"] and len(lines) == 2 + 4 + 1
+    keys = ["fd1k_full@toy", "pr1k3_full@toy_precision", "pr1k3_full@toy_recall", "acc1k@toy"]
+    assert lines[0].split() == ["network", *keys] and lines[2].split()[0] == "fakes" and len(lines) == 2 + 1 + 1
 
 
 def test_network_over_seeds(run, folder):
@@ -206,10 +207,8 @@ def test_rows_in_the_order_given(run, folder):
         (str(source), metric) for source in (fakes, network) for metric in ("acc1k@toy", "fd1k_full@toy")
     ]
     lines = result.stdout.splitlines()
-    assert lines[0].split() == ["source", "metric", "labels", "value", "delta"]
-    assert [line.split()[:2] for line in lines[2:6]] == [
-        [str(source), metric] for metric in ("acc1k@toy", "fd1k_full@toy") for source in (fakes, network)
-    ]
+    assert lines[0].split() == ["network", "acc1k@toy", "fd1k_full@toy"] and lines[4] == "labels: uniform"
+    assert [line.split()[0] for line in lines[2:4]] == ["fakes", "net.pkl"]
     first, second = (summary["results"]["fd1k_full@toy"] for summary in results if summary["metric"] != "acc1k@toy")
     assert results[3]["delta"]["fd1k_full@toy"] == pytest.approx(second - first, rel=1e-3, abs=1e-4)
     assert "delta" not in results[0]
@@ -225,7 +224,8 @@ def test_comparison_over_seeds(run, folder):
     assert second["delta"] == {"fd1k_full@toy": 0} and second["delta_interval"] == {"fd1k_full@toy": [0, 0]}
     low, high = first["interval"]["fd1k_full@toy"]
     assert low < first["min"]["fd1k_full@toy"] < first["results"]["fd1k_full@toy"] < high
-    assert "95% interval" in result.stdout and "95% of delta" in result.stdout
+    assert "+- is the standard deviation over 3 seeds" in result.stdout
+    assert " * " not in result.stdout and "* differs" not in result.stdout
 
 
 def test_jsonl_beside_the_network(run, folder, tmp_path, monkeypatch):
@@ -266,9 +266,9 @@ def test_grid(run, folder, tmp_path):
     arguments = ["--images", folder / "fakes", "--data", folder / "data", "--metrics=acc1k@toy"]
     last(run(*arguments, "--grid", tmp_path / "one.png"))
     with Image.open(tmp_path / "one.png") as grid:
-        assert grid.size == (128, 128) and grid.mode == "L"
+        assert grid.size == (256, 256) and grid.mode == "L"
         with Image.open(folder / "fakes" / "0009.png") as image:
-            np.testing.assert_array_equal(np.asarray(grid)[16:32, 16:32], np.asarray(image))
+            np.testing.assert_array_equal(np.asarray(grid)[32:64:2, 32:64:2], np.asarray(image))
     last(run(*arguments, "--network", folder / "net.pkl", "--grid", tmp_path / "two.png"))
     with Image.open(tmp_path / "two.png") as grid:
         assert grid.width > 600
@@ -357,7 +357,7 @@ def test_two_processes_agree_with_one(run, folder, tmp_path):
         env=environment,
     )
     assert completed.returncode == 0, completed.stderr
-    assert completed.stdout.count("source ") == 1
+    assert completed.stdout.count("network  ") == 2  # two blocks of columns
     shared = json.loads(completed.stdout.splitlines()[-1])["results"]
     alone = last(run(*arguments, detector=False))["results"]
     for summary in shared + alone:

@@ -79,7 +79,7 @@ def test_two_processes_of_torchrun_are_as_one(tmp_path):
     alone = result_of(distill, *options, f"--outdir={tmp_path / 'one'}")
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert len(out.splitlines()) == 7 and out.count('"run_dir"') == out.count("distilled (last)  ") == 1
+    assert len(out.splitlines()) in (9, 10) and out.count('"run_dir"') == out.count("distilled (last)  ") == 1
     assert errors.count("tick 1 ") == 1 and "measuring: 1000/1000 img (100%)" in errors
     together = json.loads(out.splitlines()[-1])
     for name in ("original", "distilled", "best", "teacher"):

@@ -88,8 +88,9 @@ def test_result_and_run_directory(measured):
     report, stdout = measured
     assert report["metric"] == "fd1k_full@toy"
     assert {"original", "refined", "best", "teacher", "run_dir", "snapshot", "images_per_sec"} <= set(report)
-    rows = [line.split("  ")[0] for line in stdout.splitlines()[2:-1]]
-    assert rows == ["original", "refined (last)", "refined (best)", "teacher"]
+    rows = [line.split("  ")[0] for line in stdout.splitlines()[2:6]]
+    assert rows == ["original", "refined (last)", "refined (best)", "teacher, 1 steps"]
+    assert len(report["change_interval"]) == 2 and len(report["verdict"]) >= 1
 
     run = Path(report["run_dir"])
     assert run.name == "00000-sg2ada-cifar-cond-ikl-batch4"
@@ -108,9 +109,19 @@ def test_result_and_run_directory(measured):
     }
     ticks = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
     assert [tick["kimg"] for tick in ticks] == [0, 0.008]
-    assert ticks[0]["fd1k_full@toy"] == pytest.approx(report["original"], rel=1e-5)
     rows = [json.loads(line) for line in (run / "metric-fd1k_full@toy.jsonl").read_text().splitlines()]
-    assert [row["snapshot_pkl"] for row in rows] == [None, "network-snapshot-000000.pkl", None]
+    last = "network-snapshot-000000.pkl"
+    assert [(row["snapshot_pkl"], row["seed"]) for row in rows] == [
+        *((None, seed) for seed in (1, 2, 3)),  # of the original
+        *((None, seed) for seed in (1, 0)),  # of the teacher, and of the original at the start of the loop
+        *((last, seed) for seed in (0, 1, 2, 3)),
+    ]
+    values = [row["results"]["fd1k_full@toy"] for row in rows]
+    assert report["original"] == pytest.approx(sum(values[:3]) / 3, rel=1e-5)
+    assert report["refined"] == pytest.approx(sum(values[6:]) / 3, rel=1e-5)
+    assert report["change"] == pytest.approx(report["best"] - report["original"], abs=1e-4)
+    log = (run / "log.txt").read_text()
+    assert "fd1k_full@toy before: original " in log and report["verdict"][0] in log
     assert json.loads((run / "training_options.json").read_text())["teacher_files"] == [str(T_COND)]
 
 
@@ -139,7 +150,7 @@ def test_final_metrics_are_measured_at_the_end_alone(measured, tmp_path):
         assert report[row] == pytest.approx(measured[0][row], rel=1e-5), row
     run = Path(report["run_dir"])
     count = {path.name: len(path.read_text().splitlines()) for path in run.glob("metric-*.jsonl")}
-    assert count == {"metric-acc1k@toy.jsonl": 2, "metric-fd1k_full@toy.jsonl": 3}
+    assert count == {"metric-acc1k@toy.jsonl": 2, "metric-fd1k_full@toy.jsonl": 7}
 
 
 @pytest.mark.parametrize("objective", ["ikl", "sid"])

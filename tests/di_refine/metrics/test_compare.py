@@ -43,17 +43,47 @@ def test_differences_are_paired():
     assert third["delta"]["fd1k_full@toy"] == pytest.approx(-3) and third["delta_interval"] == {}
 
 
-def test_rows():
+def test_a_table_has_a_row_for_each_network():
     pair = {"pr1k3_full@toy_precision": 0.5, "pr1k3_full@toy_recall": 0.25}
     one = [series("a", [1.0]), compare.summarise("a", [result(pair, name="pr1k3_full@toy")])]
-    table, header = compare.rows(one)
-    assert header == ["source", "metric", "value"] and [row[1] for row in table] == ["fd1k_full@toy", *pair]
-    several = [series("b", [1.0, 3.0]), one[1], series("a", [2.0, 2.5])]
+    rows, header, legend = compare.table(one)
+    assert header == ["network", "fd1k_full@toy", *pair] and rows == [["a", "1", "0.5", "0.25"]] and legend == []
+    several = [series("b", [1.0, 3.0, 2.1]), one[1], series("a", [2.0, 4.1, 3.0]), series("c", [1.0, 3.0, 2.1])]
     compare.add_differences(several)
-    table, header = compare.rows(several)
-    assert header == ["source", "metric", "value", "sd", "min", "95% interval", "delta", "95% of delta"]
-    assert [row[0] for row in table] == ["b", "a", "a", "a"]  # metric by metric, each in the order given
-    assert table[1][6] == pytest.approx(0.25) and table[0][6] is None and table[2][3:] == [None] * 5
+    rows, header, legend = compare.table([{**summary, "steps": 18} for summary in several[:1]] + several[1:])
+    assert [row[:2] for row in rows] == [["b, 18 steps", "2.0 +- 1.0"], ["a", "3.0 +- 1.1 *"], ["c", "2.0 +- 1.0"]]
+    assert [line[:20] for line in legend] == ["+- is the standard d", "* differs from the f"]
+
+
+def test_labels_stand_below_the_table_or_where_they_differ_beside_it():
+    uniform, other = (
+        {**series(name, [1.0]), "labels": labels} for name, labels in (("a", "uniform"), ("b", "class:3"))
+    )
+    rows, header, legend = compare.table([uniform, {**other, "labels": "uniform"}])
+    assert header == ["network", "fd1k_full@toy"] and legend == ["labels: uniform"]
+    rows, header, legend = compare.table([uniform, other])
+    assert header[-1] == "labels" and [row[-1] for row in rows] == ["uniform", "class:3"] and legend == []
+
+
+def test_networks_are_called_by_their_file_or_run():
+    snapshots = [f"runs/00001-mine/network-snapshot-{kimg:06d}.pkl" for kimg in (8, 40)]
+    assert compare.short_names(snapshots) == ["00001-mine at 8 kimg", "00001-mine at 40 kimg"]
+    assert compare.short_names(["a/x.pkl", "b/x.pkl", "a/y.pkl"]) == ["a/x.pkl", "b/x.pkl", "y.pkl"]
+
+
+@pytest.mark.parametrize(
+    ("mean", "sd", "text"),
+    [
+        (9.1512, 0.3216, "9.15 +- 0.32"),
+        (152.2, 31.9, "152 +- 32"),
+        (0.998, 0.00012, "0.99800 +- 0.00012"),
+        (1.0, 0.0, "1.0000 +- 0.0000"),
+        (2.71828, None, "2.718"),
+        (2.71828, float("nan"), "2.718"),
+    ],
+)
+def test_numbers_have_the_digits_that_mean_something(mean, sd, text):
+    assert compare.number(mean, sd) == text
 
 
 # Curves
