@@ -30,7 +30,7 @@ from di_refine.generators import Generator
 from di_refine.labels import LabelLaw
 from di_refine.noise import Law, expand_as
 from torch_utils import distributed, misc
-from torch_utils.training import Average, FiniteWatch, adam, seeded
+from torch_utils.training import Average, FiniteWatch, adam, load_adam, seeded
 
 __all__ = ["Reference", "Trainer", "TrainerConfig"]
 
@@ -534,12 +534,10 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()` of the same networks; learning rates are those of this trainer's settings."""
         for name, part in self._stateful().items():
-            part.load_state_dict(state[name])
-        # The optimizers' states bring the rates they were saved with; the settings of this trainer count.
-        rates = {STUDENT: [self.config.score_lr, self._ratio_lr], GENERATOR: [self.config.lr], CRITIC: [self.config.lr]}
-        for name, optimizer in self.optimizers.items():
-            for group, lr in zip(optimizer.param_groups, rates[name]):
-                group["lr"] = lr
+            if isinstance(part, torch.optim.Adam):
+                load_adam(part, state[name])
+            else:
+                part.load_state_dict(state[name])
         for name, scaler in self._scalers.items():
             if state["scalers"][name]:  # empty where float16 was not used
                 scaler.load_state_dict(state["scalers"][name])

@@ -23,7 +23,7 @@ from stylegan2_ada.augment import AugmentPipe
 from stylegan2_ada.config import AdversarialConfig
 from stylegan2_ada.networks import Discriminator, Generator
 from torch_utils import distributed, misc
-from torch_utils.training import Average, FiniteWatch, seeded
+from torch_utils.training import Average, FiniteWatch, load_adam, seeded
 
 
 def generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
@@ -113,7 +113,14 @@ class AdaController:
         return {"p": self.p, "r_t": self.r_t, "signs": self._signs, "images": self._images, "batches": self._batches}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`."""
+        """Continue from a `state_dict`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        own = self.state_dict()
+        if any(torch.is_tensor(value) and value.shape != state[name].shape for name, value in own.items()):
+            raise ValueError("the state of the adaptive augmentation holds other numbers")
         self.p, self.r_t, self._signs = state["p"].clone(), state["r_t"].clone(), state["signs"].clone()
         self._images, self._batches = state["images"], state["batches"]
 
@@ -433,11 +440,11 @@ class AdversarialTrainer:
                 f"the training state lacks {sorted(wanted - found)} and has unknown parts {sorted(found - wanted)}; "
                 "continue with the options it was written with"
             )
-        rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in self.optimizers.items()}
-        for name, module in modules.items():
-            module.load_state_dict(state[name])
-        for name, rate in rates.items():  # the state brings its own; those of this trainer's configuration count
-            self.optimizers[name].param_groups[0]["lr"] = rate
+        for name, part in modules.items():
+            if isinstance(part, torch.optim.Adam):
+                load_adam(part, state[name])
+            else:
+                part.load_state_dict(state[name])
         self.pl_mean.copy_(state["pl_mean"])
         self.num_steps, self.nimg = state["num_steps"], state["nimg"]
         self._finite.reset()

@@ -2,7 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -111,3 +112,28 @@ def adam(
     """Adam in its fused form, where the device has one."""
     params = list(params)
     return torch.optim.Adam(params, lr=lr, betas=betas, eps=eps, fused=params[0].device.type in ("cuda", "cpu"))
+
+
+def load_adam(optimizer: torch.optim.Adam, state: Mapping[str, Any]) -> None:
+    """Continue with the moments of a state. Learning rates and all other settings are those of the optimizer.
+
+    PyTorch checks neither: its fused update takes moments of any size for those of the parameter, and reads and writes
+    what lies behind them in memory.
+
+    Args:
+        optimizer: of the parameters that the moments are of.
+        state: what the `state_dict` of such an optimizer returned.
+
+    Raises:
+        ValueError: it is of other parameters, or not of Adam.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in state["param_groups"]] != [group["params"] for group in own]:
+        raise ValueError("the optimizer's state is of other parameters")
+    parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+    for index, moments in state["state"].items():
+        shapes = {"step": [], "exp_avg": [*parameters[index].shape], "exp_avg_sq": [*parameters[index].shape]}
+        floats = all(isinstance(value, torch.Tensor) and value.is_floating_point() for value in moments.values())
+        if not floats or {name: [*value.shape] for name, value in moments.items()} != shapes:
+            raise ValueError(f"the optimizer's moments of parameter {index} are none of Adam")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": own})

@@ -134,9 +134,12 @@ def _check_kinds(content: dict[str, np.ndarray], path: Path) -> None:
             if array.dtype.kind not in "fiu":
                 raise InputError(f"{path}: {name} holds no numbers, but {array.dtype}")
             continue
+        try:
+            shown: Any = array.item() if array.size == 1 else list(array.shape)
+        except (SystemError, ValueError):  # a text with numbers that are no characters
+            raise InputError(f"{path}: {name} is no text, but {array.dtype}") from None
         kind, what = ("iu", "positive whole number") if name in _NUMBERS else ("U", "text")
-        if array.size != 1 or array.dtype.kind not in kind or (kind == "iu" and array.item() < 1):
-            shown = array.item() if array.size == 1 else list(array.shape)
+        if array.size != 1 or array.dtype.kind not in kind or (kind == "iu" and shown < 1):
             raise InputError(f"{path}: {name} is no {what}, but {array.dtype} {shown}"[:500])
 
 

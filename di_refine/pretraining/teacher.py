@@ -11,7 +11,7 @@ from di_refine.edm.networks import EDMPrecond
 from di_refine.errors import InputError
 from di_refine.pretraining.config import TeacherConfig, UNetConfig, whole_numbers
 from torch_utils import distributed, misc
-from torch_utils.training import Average, FiniteWatch, adam, seeded
+from torch_utils.training import Average, FiniteWatch, adam, load_adam, seeded
 
 
 def build(unet: UNetConfig, resolution: int, channels: int, label_dim: int, augment: bool, seed: int) -> EDMPrecond:
@@ -189,8 +189,9 @@ class TeacherTrainer:
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict()`; the network and settings must be the same, the number of processes need not."""
-        for name in ("net", "ema", "optimizer"):
+        for name in ("net", "ema"):
             getattr(self, name).load_state_dict(state[name])
+        load_adam(self.optimizer, state["optimizer"])
         self.nimg = state["nimg"]
         self._finite.reset()
         self._batches = None

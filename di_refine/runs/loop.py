@@ -385,10 +385,10 @@ class Loop:
                 "another layout; start a new run"
             )
         try:
+            _count(state["trainer"]["nimg"])
             self.trainer.load_state_dict(state["trainer"])
-            _count(self.trainer.nimg)
             self._load(parts)
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        except (LookupError, ArithmeticError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"resume={path} cannot be continued from ({reason})") from None
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from torch_utils import training
 from torch_utils.training import Average, FiniteWatch, NotFiniteError, seeded
 
 
@@ -66,3 +67,48 @@ def test_draws_are_a_function_of_the_parts_and_leave_the_generator_alone():
     with seeded(torch.device("cpu"), 2, "networks"):
         assert not torch.equal(torch.rand(3), first)
     assert torch.equal(torch.rand(3), expected)
+
+
+def _stepped(betas=(0.9, 0.99)):
+    parameter = torch.nn.Parameter(torch.ones(4))
+    optimizer = training.adam([parameter], 0.1, betas)
+    parameter.grad = torch.arange(4.0)
+    optimizer.step()
+    return parameter, optimizer
+
+
+def test_adam_goes_on_with_the_moments_and_its_own_settings():
+    _, first = _stepped()
+    _, second = _stepped(betas=(0.5, 0.7))
+    training.load_adam(second, first.state_dict())
+    assert second.param_groups[0]["betas"] == (0.5, 0.7)
+    for name, value in first.state_dict()["state"][0].items():
+        assert torch.equal(second.state_dict()["state"][0][name], value)
+    training.load_adam(second, training.adam([torch.nn.Parameter(torch.ones(4))], 0.1, (0.9, 0.99)).state_dict())
+    assert not second.state_dict()["state"], "a state before the first step has no moments"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"exp_avg": torch.zeros(3)},  # of which the fused update would read and write four
+        {"exp_avg": torch.zeros(4, dtype=torch.int64)},
+        {"exp_avg_sq": None},
+        {"step": torch.zeros(2)},
+        {"step": 1},
+        {"more": torch.zeros(4)},
+    ],
+)
+def test_moments_of_another_kind_are_refused(change):
+    _, optimizer = _stepped()
+    state = optimizer.state_dict()
+    state["state"] = {0: {**state["state"][0], **change}}
+    with pytest.raises(ValueError, match="moments of parameter 0 are none of Adam"):
+        training.load_adam(_stepped()[1], state)
+
+
+def test_moments_of_other_parameters_are_refused():
+    _, optimizer = _stepped()
+    state = training.adam([torch.nn.Parameter(torch.ones(4)) for _ in range(2)], 0.1, (0.9, 0.99)).state_dict()
+    with pytest.raises(ValueError, match="is of other parameters"):
+        training.load_adam(optimizer, state)

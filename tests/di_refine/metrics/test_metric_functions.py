@@ -344,6 +344,7 @@ def test_statistics_refuse(tmp_path):
         ({"count": np.array(-1)}, "count is no positive whole number"),
         ({"resolution": np.array("x")}, "resolution is no positive whole number"),
         ({"detector": np.array(["a", "b"])}, "detector is no text"),
+        ({"detector": np.array([1 << 31], "u4").view("U1")}, "detector is no text"),
     ],
 )
 def test_statistics_of_other_kinds_are_refused(tmp_path, change, words):
