@@ -53,7 +53,7 @@ def test_downloads_once(small_registry, server, cache, capsys):
     assert server.requests == ["/ok/original.pkl"]
     assert [file.name for file in cache.iterdir() if file.is_file()] == ["teacher.pkl"]
     output = capsys.readouterr()
-    assert output.out == "" and output.err.startswith("teacher.pkl: 256000/256000 B (100%)")
+    assert output.out == output.err == "", "what is quick is not worth a line"
 
 
 def test_companion(small_registry, server, cache):
