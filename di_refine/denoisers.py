@@ -1,6 +1,6 @@
 """Diffusion models as teachers and student scores: what they must be, how they are loaded, and several as one.
 
-What only EDM's own U-Nets have (blocks, an encoder, augmentation labels) is known in this module alone.
+What U-Nets have besides (blocks, an encoder, augmentation labels) is known in this module alone.
 """
 
 import functools
@@ -12,9 +12,11 @@ from typing import Any, Protocol, cast
 import torch
 import torch.utils.checkpoint
 
+from di_refine.ddpm.networks import ADMPrecond, DiffusersPrecond
 from di_refine.edm.networks import DhariwalUNet, SongUNet
 from di_refine.errors import InputError
 from di_refine.files import networks
+from di_refine.labels import LabelLaw
 
 
 class Denoiser(Protocol):
@@ -38,11 +40,16 @@ class Denoiser(Protocol):
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor: ...
 
 
-def load_denoiser(source: str | os.PathLike, setting: str = "teacher") -> torch.nn.Module:
+def load_denoiser(
+    source: str | os.PathLike, config: networks.Config | None = None, setting: str = "teacher"
+) -> torch.nn.Module:
     """The averaged network of a diffusion model.
 
     Args:
-        source: an EDM pickle.
+        source: an EDM pickle, a diffusers folder with a `UNet2DModel`, or weights of guided-diffusion,
+            improved-diffusion or an EDM teacher of consistency_models (.pt).
+        config: what a .pt file does not say, as the flags of its training: a dictionary, or a JSON file; None takes the
+            JSON file of the same name, if there is one. For a folder, the scheduler's settings in place of its own.
         setting: what the source was given for, for messages.
 
     Returns:
@@ -51,7 +58,7 @@ def load_denoiser(source: str | os.PathLike, setting: str = "teacher") -> torch.
     Raises:
         InputError: naming the setting, when the file holds no diffusion model, or one that was distilled.
     """
-    return networks.load(source, setting).require(networks.EDM, setting).average
+    return networks.load(source, setting, config).require(networks.EDM, setting).average
 
 
 class Ensemble(torch.nn.Module):
@@ -174,15 +181,30 @@ def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, .
     return tuple(float(weight) for weight in weights)
 
 
+def check_labels(net: torch.nn.Module, law: LabelLaw) -> None:
+    """Check that a diffusion model knows such labels.
+
+    Raises:
+        InputError: they are vectors, and the network has a table of classes.
+    """
+    if isinstance(_first(net), (ADMPrecond, DiffusersPrecond)) and law.label_dim and not law.has_classes:
+        raise InputError(
+            "`labels` are vectors, and the diffusion model knows single classes alone; give other `labels`"
+        )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# What EDM's networks have besides
+# What U-Nets have besides
+
+
+def _first(net: torch.nn.Module) -> torch.nn.Module:
+    """The first network of an `Ensemble`; any other module itself."""
+    return net.teachers[0] if isinstance(net, Ensemble) else net
 
 
 def _unet(net: torch.nn.Module) -> torch.nn.Module | None:
     """The U-Net within an EDM network, or within the first network of an `Ensemble`; None for any other module."""
-    if isinstance(net, Ensemble):
-        net = net.teachers[0]
-    model = getattr(net, "model", None)
+    model = getattr(_first(net), "model", None)
     return model if isinstance(model, (SongUNet, DhariwalUNet)) else None
 
 
@@ -192,6 +214,12 @@ def encoder_layer(net: torch.nn.Module) -> torch.nn.Module:
     Raises:
         ValueError: the network has no encoder that is known here, so the layer has to be named.
     """
+    first = _first(net)
+    inner: Any = getattr(first, "unet", None)
+    if isinstance(first, ADMPrecond):
+        return inner.input_blocks[-1]
+    if isinstance(first, DiffusersPrecond) and inner.mid_block is not None:
+        return inner.mid_block  # the blocks before it return several tensors
     unet = _unet(net)
     if unet is None:
         raise ValueError(f"{type(net).__name__} has no encoder that is known here; name the layer that makes features")
@@ -201,7 +229,7 @@ def encoder_layer(net: torch.nn.Module) -> torch.nn.Module:
 def recompute_blocks(net: torch.nn.Module) -> None:
     """Save memory: keep what enters each block of a U-Net, and compute the rest again in the backward pass."""
     for name, block in net.named_modules():
-        if re.fullmatch(r"model\.(enc|dec)\.\w+", name):
+        if re.fullmatch(r"model\.(enc|dec)\.\w+|unet\.((in|out)put_blocks|(down|up)_blocks)\.\d+", name):
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
@@ -213,7 +241,9 @@ def augment_dim(net: torch.nn.Module) -> int:
 
 def has_dropout(net: torch.nn.Module) -> bool:
     """Whether a denoiser was built with dropout."""
-    return any(getattr(module, "dropout", 0) for module in net.modules())
+    modules = list(net.modules())
+    rates = [layer.p if isinstance(layer, torch.nn.Dropout) else vars(layer).get("dropout", 0) for layer in modules]
+    return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
 
 
 def sigma_data(net: torch.nn.Module) -> float:

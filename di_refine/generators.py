@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from di_refine import terminal
-from di_refine.denoisers import Denoiser
+from di_refine.denoisers import Denoiser, check_labels
 from di_refine.edm import sampler as edm_sampler
 from di_refine.errors import InputError
 from di_refine.files import label_laws, networks
@@ -322,10 +322,11 @@ def load_sampler(
     label: str | None = None,
     **settings,
 ) -> NetworkSampler:
-    """A sampler over the averaged network in a pickle.
+    """A sampler over the averaged network in a file.
 
     Args:
-        path: a StyleGAN2 generator, a diffusion model, or a distilled one, which knows its noise levels.
+        path: what `files.networks.load` reads: a StyleGAN2 generator, a diffusion model, or a distilled one, which
+            knows its noise levels.
         steps: of the sampler, for a diffusion model.
         truncation: truncation psi, for a StyleGAN2 generator.
         device: where to run.
@@ -348,6 +349,7 @@ def load_sampler(
         return GeneratorSampler(StyleGAN2Generator(file.average, noise_mode, truncation), device, **settings)
     if truncation != 1:
         raise InputError(f"truncation={truncation:g} is for StyleGAN2 generators, and {path} is a diffusion network")
+    check_labels(file.average, law)
     sigmas = file.sigmas if init_sigma is None else [init_sigma]
     if sigmas is None and file.kind == networks.ONE_STEP:
         raise InputError(

@@ -185,6 +185,8 @@ class Source:
 
 def _sources(order: Sequence[str], networks: Sequence[str], folders: Sequence[str]) -> list[Source]:
     """Return what to measure, in the order in which it was given; what was given twice is measured once."""
+    from di_refine.files import diffusers_folder
+
     found: list[Source] = []
     given = {"--network": list(networks), "--images": list(folders)}
     if sorted(order) != sorted(option for option, values in given.items() for _ in values):
@@ -195,7 +197,7 @@ def _sources(order: Sequence[str], networks: Sequence[str], folders: Sequence[st
             found.append(Source(name, Path(name), False))
             continue
         path = registry.resolve(name, setting="network", kind=("stylegan2", "edm"))
-        if not path.is_dir():
+        if not path.is_dir() or diffusers_folder.is_folder(path):
             found.append(Source(name, path, True))
             continue
         snapshots = RunFiles(path).snapshots()

@@ -50,9 +50,17 @@ class TeachConfig(LabelsConfig):
 
     teacher: tuple[str, ...] = setting(
         (),
-        "Learn from this EDM diffusion model; several make a mean score.",
-        metavar="FILE|URL|NAME",
+        "Learn from this diffusion model (docs/teachers.md says which can be read); several make a mean score.",
+        metavar="FILE|FOLDER|URL|NAME|hf:ORG/NAME",
         group=WHAT,
+    )
+    teacher_config: tuple[str, ...] = setting(
+        (),
+        "Take from this JSON file what the teacher's file does not say: the flags of a .pt file's training, or a "
+        "scheduler's settings; several belong to the teachers in their order.",
+        metavar="FILE.json",
+        group=WHAT,
+        default_text="the JSON file that has the .pt file's name",
     )
     teacher_weight: tuple[float, ...] = setting(
         (),

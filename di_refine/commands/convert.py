@@ -1,4 +1,4 @@
-"""The command `python -m di_refine convert`: pickles to safetensors with JSON and back, generators to ONNX."""
+"""The command `python -m di_refine convert`: network files from one form into another, generators to ONNX."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,14 @@ from di_refine.errors import InputError
 if TYPE_CHECKING:
     from di_refine.files.onnx_export import OneStepModel, StyleGAN2Model
 
-_FORMATS = {".pkl": "pickle", ".safetensors": "safetensors", ".json": "safetensors", ".onnx": "onnx"}
+_FORMATS = {
+    ".pkl": "pickle",
+    ".safetensors": "safetensors",
+    ".json": "safetensors",
+    ".onnx": "onnx",
+    ".pt": "weights",
+    "": "folder",
+}
 _AVERAGES = ("G_ema", "ema")  # what people use a file for
 
 
@@ -21,14 +28,22 @@ _AVERAGES = ("G_ema", "ema")  # what people use a file for
 @click.option(
     "--source",
     required=True,
-    metavar="FILE|URL|NAME",
-    help="Read this pickle, or this pair of NAME.safetensors and NAME.json.",
+    metavar="FILE|FOLDER|URL|NAME",
+    help="Read this pickle, pair of NAME.safetensors and NAME.json, diffusers folder, or .pt file of a diffusion "
+    "model.",
+)
+@click.option(
+    "--source-config",
+    metavar="FILE.json",
+    help="Take from this JSON file what the source does not say: the flags of a .pt file's training, or a scheduler's "
+    "settings.  [default: the JSON file that has the .pt file's name]",
 )
 @click.option(
     "--dest",
     required=True,
     metavar="FILE",
-    help="Write this file; its ending, .pkl, .safetensors or .onnx, says in what form.",
+    help="Write this file; its ending, .pkl, .safetensors, .onnx or .pt, says in what form. A name without one is that "
+    "of a diffusers folder.",
 )
 @click.option("--overwrite/--no-overwrite", default=False, help="Replace the destination if it is there.")
 @click.option(
@@ -56,7 +71,7 @@ _AVERAGES = ("G_ema", "ema")  # what people use a file for
     "[default: from the file]",
 )
 @click.pass_context
-def main(ctx, source, dest, overwrite, refresh_source, key, noise_mode, truncation, init_sigma):
+def main(ctx, source, source_config, dest, overwrite, refresh_source, key, noise_mode, truncation, init_sigma):
     """Convert a network file, after checking it as every command does; nothing in it is executed.
 
     \b
@@ -64,24 +79,24 @@ def main(ctx, source, dest, overwrite, refresh_source, key, noise_mode, truncati
     python -m di_refine convert --source=network.safetensors --dest=network.pkl
     python -m di_refine convert --source=old.pkl --dest=new.pkl --refresh-source
     python -m di_refine convert --source=stylegan2-digits.pkl --dest=digits.onnx --noise-mode=none
+    python -m di_refine convert --source=network-snapshot-001000.pkl --dest=student
 
     Pickles and safetensors keep everything: networks, settings, embedded source. ONNX has the one generator, for any
-    batch size, with the inputs z and (if conditional) c and the output images.
+    batch size, with the inputs z and (if conditional) c and the output images. A diffusion model that came from a
+    diffusers folder or from a .pt file can be written as one again.
     """
     # These, and those in _model, import PyTorch, which --help must not wait for.
     import torch
 
-    from di_refine.files import onnx_export, registry, safetensors_pair
-    from di_refine.files.download import sha256_of
-    from di_refine.files.foreign import explained
-    from di_refine.files.networks import say
+    from di_refine.files import adm_checkpoint, diffusers_folder, onnx_export, registry, safetensors_pair
+    from di_refine.files.networks import digest, read, say
     from di_refine.labels import KEY
     from torch_utils import persistence
 
     dest = Path(dest)
     form = _FORMATS.get(dest.suffix.lower())
     if form is None:
-        raise InputError(f"--dest={dest} must end in .pkl, .safetensors or .onnx")
+        raise InputError(f"--dest={dest} must end in .pkl, .safetensors, .onnx or .pt, or be a folder's name")
     if form != "onnx":
         _refuse_onnx_options(ctx)
     elif refresh_source:
@@ -90,15 +105,12 @@ def main(ctx, source, dest, overwrite, refresh_source, key, noise_mode, truncati
         [safetensors_pair.tensors_path(dest), safetensors_pair.config_path(dest)] if form == "safetensors" else [dest]
     )
     for output in outputs:
-        cli.check_outfile(output, "--dest", overwrite)
+        if form == "folder":
+            _check_folder(output, overwrite)
+        else:
+            cli.check_outfile(output, "--dest", overwrite)
     path = registry.resolve(source, setting="source")
-    notes: list[str] = []
-    try:
-        networks = safetensors_pair.load_either(path, notes)
-    except persistence.NetworkFormatError as error:
-        raise InputError(explained(error, path)) from None
-    for note in notes:
-        say(f"{path}: {note}")
+    networks = read(path, "source", source_config)
     dest.parent.mkdir(parents=True, exist_ok=True)
     modules = [name for name, value in networks.items() if isinstance(value, torch.nn.Module)]
     if refresh_source:
@@ -110,6 +122,12 @@ def main(ctx, source, dest, overwrite, refresh_source, key, noise_mode, truncati
                 terminal.say(f"note: {what} keeps its source text, since no class here fits it")
     if form == "pickle":
         persistence.save(networks, dest)
+    elif form in ("weights", "folder"):
+        try:
+            (adm_checkpoint if form == "weights" else diffusers_folder).save(networks, dest)
+        except persistence.NetworkFormatError as error:
+            raise InputError(f"--dest={error}") from None
+        modules = ["ema"]
     elif form == "safetensors":
         for left_out in safetensors_pair.save(networks, dest):
             say(f"{dest}: '{left_out}' is left out, since only pickles hold what is of a class that is not known here")
@@ -124,7 +142,7 @@ def main(ctx, source, dest, overwrite, refresh_source, key, noise_mode, truncati
         {
             "source": str(path),
             "dest": [str(output) for output in outputs],
-            "sha256": [sha256_of(output) for output in outputs],
+            "sha256": [digest(output) for output in outputs],
             "networks": modules,
             **({"opset": onnx_export.OPSET} if form == "onnx" else {}),
         }
@@ -150,6 +168,17 @@ def _check_pictures(model: "StyleGAN2Model | OneStepModel", path: Path) -> None:
         inputs.append(torch.eye(classes)[[0, classes - 1]])
     with torch.no_grad():
         check_pictures(model.eval()(*inputs), str(path))
+
+
+def _check_folder(path: Path, overwrite: bool) -> None:
+    """Raise InputError unless a diffusers folder can be written."""
+    from di_refine.files import diffusers_folder
+
+    cli.check_outdir(path.parent, "--dest")
+    if path.exists() and not (path.is_dir() and diffusers_folder.is_folder(path)):
+        raise InputError(f"--dest={path} exists already, and is no diffusers folder; choose another name")
+    if path.exists() and not overwrite:
+        raise InputError(f"--dest={path} exists already; choose another name or give --overwrite")
 
 
 def _refuse_onnx_options(ctx: click.Context) -> None:

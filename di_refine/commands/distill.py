@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @cli.device_option
 @click.pass_context
 def main(context, dry_run, device, **values):
-    """Distil an EDM diffusion model into a generator that makes an image in one step, without any data.
+    """Distil a diffusion model into a generator that makes an image in one step, without any data.
 
     \b
     python distill.py --teacher=edm-digits-16x16-cond.pkl                          (shipped, minutes on a CPU)
@@ -45,10 +45,10 @@ def main(context, dry_run, device, **values):
     from torch_utils import distributed
 
     if not values["teacher"]:
-        raise InputError("`teacher` is needed: name the EDM diffusion model to distil")
+        raise InputError("`teacher` is needed: name the diffusion model to distil")
     entry = registry.entry_for_path(registry.resolve(values["teacher"][0], "teacher")) or {}
     with distributed.process_group(cli.pick_device(device)) as place:
-        item = subject(make(DistillConfig, values), values["teacher"])
+        item = subject(make(DistillConfig, values), values["teacher"], values["teacher_config"])
         values, sources = resolve(
             context,
             values,
@@ -60,28 +60,30 @@ def main(context, dry_run, device, **values):
         )
         config = make(DistillConfig, values)
         if config != item.config:  # a preset has another noise level
-            item = subject(config, values["teacher"])
+            item = subject(config, values["teacher"], values["teacher_config"])
         work = job.build(item, values, sources, place)
         warn(context, values)
         return teaching.dry_run(work) if dry_run else teaching.run(work)
 
 
-def subject(config: DistillConfig, teachers: tuple[str, ...]) -> Subject:
+def subject(config: DistillConfig, teachers: tuple[str, ...], configs: tuple[str, ...] = ()) -> Subject:
     """The diffusion model to distil, and the generator that it becomes.
 
     Args:
         config: names the noise levels.
         teachers: files, URLs or names; the first is the one that is distilled.
+        configs: JSON files that say what the teachers' files do not.
 
     Raises:
         InputError: a file is missing or holds something else, or the noise levels do not fit it.
     """
-    from di_refine.commands.job import Subject
+    from di_refine.commands.job import Subject, teacher_configs
     from di_refine.files import networks, registry
     from di_refine.generators import DistilledGenerator
 
     paths = [registry.resolve(name, "teacher") for name in teachers]
-    file = networks.load(paths[0], "teacher").require(networks.EDM, "teacher")
+    settings = teacher_configs(configs, paths)
+    file = networks.load(paths[0], "teacher", settings[0]).require(networks.EDM, "teacher")
     sigmas = step_levels(config, file.average)
 
     def generator(net: torch.nn.Module, noise_mode: str) -> torch.nn.Module:
@@ -96,6 +98,7 @@ def subject(config: DistillConfig, teachers: tuple[str, ...]) -> Subject:
         file=file,
         label_dim=file.average.label_dim,
         teachers=paths,
+        configs=settings,
         generator=generator,
         snapshot=snapshot,
         rows={"original": "start", "distilled": "distilled (last)", "best": "distilled (best)", "teacher": "teacher"},

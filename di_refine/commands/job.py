@@ -1,7 +1,7 @@
 """What `refine.py` and `distill.py` have in common: from options to a job, in which all is loaded and checked."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from di_refine.config import TrainerConfig
 from di_refine.critic import Critic
 from di_refine.edm.augment import AugmentPipe
 from di_refine.errors import InputError
-from di_refine.files import label_laws, networks, registry, teacher_samples
+from di_refine.files import diffusers_folder, label_laws, networks, registry, teacher_samples
 from di_refine.files.datasets import ImageDataset, Stream
 from di_refine.files.networks import NetworkFile
 from di_refine.generators import DiffusionSampler, GeneratorSampler
@@ -42,6 +42,7 @@ class Subject:
         file: where the network comes from; its `average` is the network as it was.
         label_dim: its classes.
         teachers: files of the teachers.
+        configs: for each, the JSON file that says what its file does not, or None.
         generator: `(network, noise_mode) -> generator`.
         snapshot: what a snapshot's file holds.
         rows: keys of the JSON result, and the rows of the final table that they belong to.
@@ -54,12 +55,18 @@ class Subject:
     file: NetworkFile
     label_dim: int
     teachers: list[Path]
+    configs: list[Path | None]
     generator: Callable[[Any, str], torch.nn.Module]
     snapshot: Callable[[Trainer], dict[str, Any]]
     rows: dict[str, str]
     facts: dict[str, Any] = field(default_factory=dict)
     discriminator: torch.nn.Module | None = None
     augment_pipe: torch.nn.Module | None = None
+
+    @property
+    def writes_diffusers(self) -> bool:
+        """Whether what is trained came from a diffusers folder, so that the result is written as one, too."""
+        return diffusers_folder.KEY in self.file.networks
 
 
 @dataclass(frozen=True)
@@ -148,6 +155,20 @@ def facts(subject: Subject, device: torch.device) -> Facts:
     return Facts(resolution=net.img_resolution, device=device.type, parameters=_count(net))
 
 
+def teacher_configs(names: Sequence[str], teachers: Sequence[Path]) -> list[Path | None]:
+    """For each teacher the JSON file that was given for it, or None.
+
+    Raises:
+        InputError: their number differs from that of the teachers.
+    """
+    if names and len(names) != len(teachers):
+        raise InputError(
+            f"`teacher_config` is given {len(names)} times and `teacher` {len(teachers)} times; give one per teacher, "
+            "or none for JSON files that have the .pt files' names"
+        )
+    return [Path(name) for name in names] or [None] * len(teachers)
+
+
 def description(subject: Subject, run: RunConfig, trainer: TrainerConfig) -> str:
     """The part after the number in the run directory's name."""
     return run.desc or f"{subject.file.path.stem}-{trainer.objective}-batch{trainer.batch}"
@@ -187,7 +208,10 @@ def build(subject: Subject, values: dict[str, Any], sources: dict[str, str], dev
             f"kimg={loop.kimg:g} ends before the generator moves, which is after score_warmup={trainer.score_warmup:g}"
         )
     cli.check_outdir(run.outdir)
-    files = [networks.load(path, "teacher").require(networks.EDM, "teacher") for path in subject.teachers]
+    files = [
+        networks.load(path, "teacher", config).require(networks.EDM, "teacher")
+        for path, config in zip(subject.teachers, subject.configs)
+    ]
     for file in files:
         subject.file.labels.check_order(file.labels.names, f"teacher={file.path}")
     teachers = [file.average for file in files]
@@ -196,6 +220,8 @@ def build(subject: Subject, values: dict[str, Any], sources: dict[str, str], dev
     _check_teacher(subject, teacher, trainer)
     dataset = _dataset(subject, teacher, teach, trainer)
     labels = label_laws.choose(teach.labels, subject.file.labels, dataset)
+    for model in teachers:
+        denoisers.check_labels(model, labels)
     if dataset is not None:
         _check_labels(labels, dataset, trainer)
     entry = registry.entry_for_path(subject.file.path) or {}
@@ -272,7 +298,7 @@ def _dataset(
     if teach.data == "teacher":
         if len(subject.teachers) > 1:
             raise InputError("data=teacher has samples of one teacher, not of several together; give real images")
-        samples = teacher_samples.cached_samples(subject.teachers[0])
+        samples = teacher_samples.cached_samples(subject.teachers[0], subject.configs[0])
         if samples is None:
             raise InputError(
                 "data=teacher: nothing has been sampled from this teacher yet; run python -m di_refine sample-teacher "

@@ -43,7 +43,7 @@ def main(context, dry_run, device, **values):
 
     entry = registry.entry_for_path(registry.resolve(values["network"], "network")) or {}
     with distributed.process_group(cli.pick_device(device)) as place:
-        item = subject(make(RefineConfig, values), values["teacher"])
+        item = subject(make(RefineConfig, values), values["teacher"], values["teacher_config"])
         values, sources = resolve(
             context,
             values,
@@ -58,19 +58,20 @@ def main(context, dry_run, device, **values):
         return teaching.dry_run(work) if dry_run else teaching.run(work)
 
 
-def subject(config: RefineConfig, teachers: tuple[str, ...]) -> Subject:
+def subject(config: RefineConfig, teachers: tuple[str, ...], configs: tuple[str, ...] = ()) -> Subject:
     """The generator to refine, and what teaching makes of it.
 
     Args:
         config: names the generator.
         teachers: files, URLs or names; none takes what the registry says belongs to the generator.
+        configs: JSON files that say what the teachers' files do not.
 
     Raises:
         InputError: a file is missing or holds something else.
     """
     import torch
 
-    from di_refine.commands.job import Subject
+    from di_refine.commands.job import Subject, teacher_configs
     from di_refine.files import networks, registry
     from di_refine.generators import StyleGAN2Generator
 
@@ -81,8 +82,8 @@ def subject(config: RefineConfig, teachers: tuple[str, ...]) -> Subject:
         companion = registry.companion(path, "teacher")
         if companion is None:
             raise InputError(
-                f"`teacher` is needed: the registry knows no diffusion model for {path.name}; name an EDM pickle of "
-                "the same images and classes"
+                f"`teacher` is needed: the registry knows no diffusion model for {path.name}; name one of the same "
+                "images and classes"
             )
         paths = [companion]
     # A pickle may hold anything under these names; only networks are of use.
@@ -102,6 +103,7 @@ def subject(config: RefineConfig, teachers: tuple[str, ...]) -> Subject:
         file=file,
         label_dim=file.average.c_dim,
         teachers=paths,
+        configs=teacher_configs(configs, paths),
         generator=StyleGAN2Generator,
         snapshot=snapshot,
         rows={"original": "original", "refined": "refined (last)", "best": "refined (best)", "teacher": "teacher"},

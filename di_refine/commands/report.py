@@ -13,7 +13,7 @@ from di_refine import terminal
 from di_refine.commands.comparison import Comparison, verdict
 from di_refine.commands.job import Job
 from di_refine.commands.training import unless_interrupted
-from di_refine.files import networks, pictures
+from di_refine.files import diffusers_folder, networks, pictures
 from di_refine.files.datasets import ImageDataset
 from di_refine.generators import NetworkSampler
 from di_refine.labels import LabelLaw
@@ -21,6 +21,7 @@ from di_refine.metrics import compare
 from di_refine.runs import stopping
 from di_refine.runs.directory import RunDirectory
 from di_refine.runs.loop import Loop, Snapshot
+from di_refine.trainer import Trainer
 from torch_utils import distributed
 
 DRAWING_SECONDS = 15.0  # after which a picture in the course of a training gets no further row
@@ -29,22 +30,25 @@ COLUMNS = 10
 """Of the picture that compares before and after; they are classes where there are any."""
 
 
-def finish(job: Job, loop: Loop, net: torch.nn.Module, comparison: Comparison) -> None:
+def finish(job: Job, loop: Loop, trainer: Trainer, comparison: Comparison) -> None:
     """Measure what the table compares, draw the picture, close the directory, and print table, verdict and result.
 
     Args:
         job: what was trained.
         loop: which has ended.
-        net: the last average.
+        trainer: which the loop drove.
         comparison: of the run, whose beginning is measured.
     """
-    directory = comparison.directory
+    directory, net = comparison.directory, trainer.ema.net
 
     def work() -> list[dict[str, Any]]:
         comparison.finish(loop, net)
         summaries = comparison.summaries()
         if distributed.is_first():
             _before_after(job, directory.files.before_after, loop, summaries, net)
+            if job.subject.writes_diffusers:
+                diffusers_folder.save(job.snapshot(trainer), directory.files.diffusers)
+                directory.log(f"wrote {directory.files.diffusers}, which diffusers opens")
         return summaries
 
     summaries = unless_interrupted(loop, directory, work) or []  # who sends a signal does not want to wait

@@ -15,7 +15,15 @@ from di_refine.errors import InputError
 
 
 @cli.command()
-@click.option("--teacher", required=True, metavar="FILE|URL|NAME", help="Draw from this EDM diffusion model.")
+@click.option(
+    "--teacher", required=True, metavar="FILE|FOLDER|URL|NAME|hf:ORG/NAME", help="Draw from this diffusion model."
+)
+@click.option(
+    "--teacher-config",
+    metavar="FILE.json",
+    help="Take from this JSON file what the teacher's file does not say: the flags of a .pt file's training, or a "
+    "scheduler's settings.  [default: the JSON file that has the .pt file's name]",
+)
 @click.option("--num", type=cli.Integer(1, 10_000_000), default=10_000, help="Draw this many images.")
 @click.option(
     "--steps", type=cli.POSITIVE_INT, default=18, help="Take this many steps of EDM's deterministic Heun sampler."
@@ -34,7 +42,7 @@ from di_refine.errors import InputError
     "--overwrite/--no-overwrite", default=False, help="Draw the images anew even if the file is there, and replace it."
 )
 @cli.device_option
-def main(teacher, num, steps, dest, labels, label, seed, batch, overwrite, device):
+def main(teacher, teacher_config, num, steps, dest, labels, label, seed, batch, overwrite, device):
     """Draw images from a diffusion model into a data set: a zip of PNG files with their classes in dataset.json.
 
     \b
@@ -45,6 +53,7 @@ def main(teacher, num, steps, dest, labels, label, seed, batch, overwrite, devic
     Image i depends on the seed and i alone, so a larger --num begins with the same images.
     """
     # What imports PyTorch is imported here, because --help must not wait for it.
+    from di_refine import denoisers
     from di_refine.files import label_laws, networks, registry, teacher_samples
     from di_refine.files.download import sha256_of
     from di_refine.generators import DiffusionSampler
@@ -53,10 +62,11 @@ def main(teacher, num, steps, dest, labels, label, seed, batch, overwrite, devic
     if dest is not None and not dest.lower().endswith(".zip"):
         raise InputError(f"--dest={dest} must end in .zip")
     path = registry.resolve(teacher, setting="teacher", kind="edm")
-    file = networks.load(path, "teacher").require(networks.EDM, "teacher")
+    file = networks.load(path, "teacher", teacher_config).require(networks.EDM, "teacher")
     net = file.average
     law = label_laws.choose(labels, file.labels, label=label)
-    settings = teacher_samples.sample_settings(path, num, steps, seed, law)
+    denoisers.check_labels(net, law)
+    settings = teacher_samples.sample_settings(path, num, steps, seed, law, teacher_config)
     kept = dest is None
     dest = teacher_samples.cached_path(path, settings) if kept else Path(dest)
     cli.check_outfile(dest, "DI_REFINE_CACHE" if kept else "--dest", overwrite or kept)

@@ -67,7 +67,7 @@ def run(job: Job) -> int:
     for note in notes:
         directory.log(note)
     loop = session.train(directory, state, comparison.begin)
-    report.finish(job, loop, trainer.ema.net, comparison)
+    report.finish(job, loop, trainer, comparison)
     return loop.exit_status
 
 

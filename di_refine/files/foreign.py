@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from di_refine.files import decoding
+from di_refine.files import decoding, diffusers_folder, torch_file
 from torch_utils import persistence
 from torch_utils.persistence import Opaque, Record, unknown_in
 
@@ -26,8 +26,6 @@ _ARRAYS = f"arrays of NumPy (.npz) without mu and sigma or arr_0; {_NONE}"
 _CHECKPOINT = f"a torch.save checkpoint; {_NONE}"
 _UNSURE = {(DETECTOR, _CHECKPOINT), (STATISTICS, _ARRAYS), (IMAGES, _ARRAYS)}
 """Of these the reader knows better what is wrong: Inception's weights are a checkpoint, too, and it lists arrays."""
-
-_OLD_CHECKPOINT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save began with before 1.6
 
 
 def explained(error: object, path: str | os.PathLike, expected: str = NETWORK) -> str:
@@ -67,15 +65,13 @@ def identify(path: str | os.PathLike, expected: str = NETWORK) -> str | None:
 
 
 def _folder(path: Path) -> str | None:
-    if any((path / name).is_file() for name in ("model_index.json", "unet/config.json")):
-        return f"a diffusers folder; {_NONE}"
-    return None
+    return "a diffusers folder, which --teacher and --network take" if diffusers_folder.is_folder(path) else None
 
 
 def _bytes(path: Path, head: bytes) -> str | None:
     if head.lstrip().startswith(b"<"):
         return "a web page; the download went wrong, so fetch the file again"
-    if head.startswith(_OLD_CHECKPOINT):
+    if head.startswith(torch_file.OLD_FORM):
         return f"a torch.save checkpoint in the form before PyTorch 1.6; {_NONE}"
     if head.startswith(b"PK\x03\x04"):
         with zipfile.ZipFile(path) as archive:

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from di_refine.files import registry, safetensors_pair
-from di_refine.files.download import sha256_of
+from di_refine.files import diffusers_folder, networks, registry, safetensors_pair, torch_file
 from torch_utils import misc, persistence, safe_files
 from torch_utils.persistence import TENSORFLOW_NETWORK, Opaque, Record, Unknown, printable
 
@@ -21,10 +20,17 @@ _KINDS = {
     TENSORFLOW_NETWORK: "stylegan2 (TensorFlow)",
     "AugmentPipe": "augmentation",
     **dict.fromkeys(("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"), "edm"),
+    "ADMPrecond": "diffusion (ADM)",
+    "DiffusersPrecond": "diffusion (diffusers)",
     **dict.fromkeys(("EDMLoss", "VPLoss", "VELoss"), "loss"),
 }
 _MAX_TEXT = 300  # characters of a value that are shown
-_OWN_MODULES = ("stylegan2_ada/networks.py", "stylegan2_ada/augment.py", "di_refine/edm/networks.py")
+_OWN_MODULES = (
+    "stylegan2_ada/networks.py",
+    "stylegan2_ada/augment.py",
+    "di_refine/edm/networks.py",
+    "di_refine/ddpm/networks.py",
+)
 
 
 def describe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -38,12 +44,17 @@ def describe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         NetworkFormatError: not a network file.
     """
     is_pair = path.suffix in safetensors_pair.SUFFIXES
-    content = safetensors_pair.load_records(path) if is_pair else persistence.load_records(path)
-    file = safetensors_pair.tensors_path(path) if is_pair else path
+    files = [safetensors_pair.tensors_path(path) if is_pair else path]
+    if path.is_dir() and diffusers_folder.is_folder(path) or torch_file.is_torch_file(path):
+        # These hold tensors alone. Building the network checks the rest.
+        files = diffusers_folder.files(path) if path.is_dir() else files
+        content = persistence.to_records(networks.read(path), path)
+    else:
+        content = safetensors_pair.load_records(path) if is_pair else persistence.load_records(path)
     report: dict[str, Any] = {
         "file": str(path),
-        "bytes": file.stat().st_size,
-        "sha256": sha256_of(file),
+        "bytes": sum(file.stat().st_size for file in files),
+        "sha256": networks.digest(files[0] if is_pair else path),
         "networks": {},
         "objects": {},
         "settings": {},

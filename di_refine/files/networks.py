@@ -1,6 +1,8 @@
 """Network files: what kind of network a file holds, and which of its networks is the one to use."""
 
 import functools
+import hashlib
+import json
 import math
 import os
 import re
@@ -9,27 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from di_refine import terminal
+from di_refine.ddpm.networks import ADMPrecond, DiffusersPrecond
 from di_refine.edm.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from di_refine.errors import InputError
-from di_refine.files import foreign, safetensors_pair
+from di_refine.files import adm_checkpoint, diffusers_folder, foreign, safetensors_pair, torch_file
+from di_refine.files.download import sha256_of
 from di_refine.files.run_files import RunFiles
 from di_refine.labels import KEY, LabelLaw
 from stylegan2_ada.networks import Generator
-from torch_utils import distributed, persistence
+from torch_utils import distributed, persistence, safe_files
 
 STYLEGAN2, EDM, DISTILLED, ONE_STEP = "stylegan2", "edm", "distilled", "one-step"
-"""Kinds of network files: a StyleGAN2 generator, an EDM diffusion model, one that was distilled to few steps, and one
-that another project distilled to one step, from a noise level that the file does not say."""
+"""Kinds of network files: a StyleGAN2 generator, a diffusion model, one that was distilled to few steps, and one that
+another project distilled to one step, from a noise level that the file does not say."""
 
 NAMES = {
     STYLEGAN2: "a StyleGAN2 generator",
-    EDM: "an EDM diffusion model",
+    EDM: "a diffusion model",
     DISTILLED: "a generator that was distilled from a diffusion model, so it is no diffusion model any more",
     ONE_STEP: "a one-step generator of another project (it holds `Sg`, the score network of its training), so it is no "
     "diffusion model any more",
 }
 MAX_STEPS = 1000  # of a distilled generator
-DENOISERS = (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)
+DENOISERS = (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, ADMPrecond, DiffusersPrecond)
 
 
 @dataclass(frozen=True)
@@ -63,27 +67,27 @@ class NetworkFile:
         return self
 
 
-def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
+Config = dict[str, Any] | str | os.PathLike
+"""What a network file does not say itself: the settings, or a JSON file with them."""
+
+
+def load(path: str | os.PathLike, setting: str = "network", config: Config | None = None) -> NetworkFile:
     """Read a network file.
 
     Args:
-        path: a pickle, either file of our pair of safetensors and JSON, or a run directory, of which the newest
-            snapshot is taken.
+        path: a pickle, either file of our pair of safetensors and JSON, a diffusers folder, weights of an OpenAI
+            diffusion model (.pt), or a run directory, of which the newest snapshot is taken.
         setting: what the file was given for, for messages.
+        config: for a diffusers folder, the scheduler's settings in place of its own; for a .pt file, the flags of its
+            training, which a JSON file of the same name beside it may hold as well.
 
     Raises:
         InputError: naming the setting and the file, when it is no network file or holds neither kind of network.
     """
-    notes: list[str] = []
-    if Path(path).is_dir() and (snapshots := RunFiles(path).snapshots()):
-        path = snapshots[-1]
+    path, given = newest(path), path
+    if path != Path(given):
         say(f"of the run directory {path.parent} the newest snapshot is taken, {path.name}")
-    try:
-        networks = safetensors_pair.load_either(path, notes)
-    except persistence.NetworkFormatError as error:
-        raise InputError(f"`{setting}`: {foreign.explained(error, path)}") from None
-    for note in notes:
-        say(f"{path}: {note}")
+    networks = read(path, setting, config)
     average = networks.get("G_ema")
     if isinstance(average, Generator):
         _check_room(average, path, setting)
@@ -102,8 +106,82 @@ def load(path: str | os.PathLike, setting: str = "network") -> NetworkFile:
         kind = DISTILLED if sigmas is not None else ONE_STEP if "Sg" in networks else EDM
         labels = _labels(networks, average.label_dim, path, setting)
         return NetworkFile(Path(path), kind, average, networks, labels, sigmas)
-    neither = f"{path} holds neither a StyleGAN2 generator (G_ema) nor an EDM network (ema)"
+    neither = f"{path} holds neither a StyleGAN2 generator (G_ema) nor a diffusion model (ema)"
     raise InputError(f"`{setting}`: {foreign.explained(neither, path)}")
+
+
+def newest(path: str | os.PathLike) -> Path:
+    """The newest snapshot of a run directory; any other path as it is."""
+    path = Path(path)
+    snapshots = RunFiles(path).snapshots() if path.is_dir() else []
+    return snapshots[-1] if snapshots else path
+
+
+def read(path: str | os.PathLike, setting: str = "network", config: Config | None = None) -> dict[str, Any]:
+    """What a network file or diffusers folder holds, as `persistence.load` returns it.
+
+    Args, raises: as of `load`; a file may hold anything that is well-formed.
+    """
+    notes: list[str] = []
+    try:
+        if Path(path).is_dir() and diffusers_folder.is_folder(path):
+            return diffusers_folder.load(path, _settings(config, setting))
+        tensors = torch_file.load(path) if torch_file.is_torch_file(path) else None
+        if adm_checkpoint.is_ours(tensors):
+            return adm_checkpoint.load(
+                path, torch_file.checked(tensors, path), _settings(_beside(path, config), setting)
+            )
+    except persistence.NetworkFormatError as error:
+        raise InputError(f"`{setting}`: {error}") from None
+    if config is not None:
+        raise InputError(f"`{setting}_config` is for diffusers folders and .pt files; {path} says all of itself")
+    try:
+        networks = safetensors_pair.load_either(path, notes)
+    except persistence.NetworkFormatError as error:
+        raise InputError(f"`{setting}`: {foreign.explained(error, path)}") from None
+    for note in notes:
+        say(f"{path}: {note}")
+    return networks
+
+
+def digest(path: str | os.PathLike, config: Config | None = None) -> str:
+    """The SHA-256 of all files that say which network `load` would return; of a single file, its own."""
+    path = newest(path)
+    if path.is_dir():
+        parts = [sha256_of(file) for file in diffusers_folder.files(path)]
+    else:
+        parts = [sha256_of(path)]
+        config = _beside(path, config) if torch_file.is_torch_file(path) else config
+    if config is not None:
+        text = json.dumps(_settings(config, "network"), sort_keys=True)
+        parts.append(hashlib.sha256(text.encode()).hexdigest())
+    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _beside(path: str | os.PathLike, config: Config | None) -> Config | None:
+    """The settings of a file: those given, or else the JSON file of the same name."""
+    beside = Path(path).with_suffix(".json")
+    return beside if config is None and beside.is_file() else config
+
+
+def _settings(config: Config | None, setting: str) -> dict[str, Any] | None:
+    """The settings in a JSON file, or as they are.
+
+    Raises:
+        InputError: the file holds no settings.
+    """
+    if config is None or isinstance(config, dict):
+        return config
+    problem = "holds no settings, which would be one JSON object"
+    try:
+        content = safe_files.read_json(config)
+        if isinstance(content, dict):
+            return content
+    except OSError as error:
+        problem = error.strerror or str(error)
+    except ValueError as error:
+        problem = f"no JSON that can be read ({persistence.printable(error)})"
+    raise InputError(f"`{setting}_config`: {config}: {problem}")
 
 
 def _check_levels(net: Any, path: str | os.PathLike, setting: str) -> None:
@@ -141,7 +219,8 @@ def _check_room(net: Any, path: str | os.PathLike, setting: str) -> None:
     The estimate is of what has to be there at once at full resolution: the picture, and what enters and leaves a layer.
     """
     size, channels = net.img_resolution, net.img_channels
-    layers = re.compile(rf".*\b(b{size}\.|{size}x{size}_).*")
+    others = r"unet\.(input_blocks\.[01]\.|conv_in|down_blocks\.0\.)"
+    layers = re.compile(rf"(.*\b(b{size}\.|{size}x{size}_)|{others}).*")
     weights = [p for name, p in net.named_parameters() if p.ndim == 4 and layers.fullmatch(name)]
     width = max((max(weight.shape[:2]) for weight in weights), default=0)
     needed = 4 * size**2 * (channels + 2 * width)

@@ -7,11 +7,10 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from typing import cast
+from typing import Any, cast
 
 import torch
 
-from di_refine.edm.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from di_refine.errors import InputError
 from stylegan2_ada.networks import Generator
 from torch_utils import misc
@@ -55,7 +54,7 @@ class OneStepModel(torch.nn.Module):
     It maps unit normals `z [N, C, R, R]` and, if it is conditional, `c [N, label_dim]` to `images [N, C, R, R]`.
 
     Args:
-        net: the EDM network that was distilled, on the CPU.
+        net: the network that was distilled, a `di_refine.denoisers.Denoiser`, on the CPU.
         init_sigma: the noise level it generates from.
 
     Attributes:
@@ -65,7 +64,7 @@ class OneStepModel(torch.nn.Module):
     inputs: dict[str, tuple[int, ...]]
     init_sigma: torch.Tensor
 
-    def __init__(self, net: EDMPrecond | VPPrecond | VEPrecond | iDDPMPrecond, init_sigma: float):
+    def __init__(self, net: Any, init_sigma: float):
         super().__init__()
         self.net = net
         self.register_buffer("init_sigma", torch.tensor(float(init_sigma)))

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from di_refine.errors import InputError
-from di_refine.files import download
+from di_refine.files import download, hub
 from torch_utils import safe_files
 
 KINDS = ("stylegan2", "edm", "features", "statistics", "dataset", "inception")
@@ -149,7 +149,8 @@ def resolve(
     """Return the local file for a path, a name in the registry, or a URL; it is downloaded at most once.
 
     Args:
-        source: the path, the name, which may lack its extension, or the URL; an existing path goes before a name.
+        source: the path, the name, which may lack its extension, the URL, or hf:organisation/name of a model of the
+            Hugging Face hub; an existing path goes before a name.
         setting: the name of the setting that holds it, for messages.
         kind: what is needed, one or several of `KINDS`; a name of another kind is refused.
         offline: take it only from this machine.
@@ -167,6 +168,8 @@ def resolve(
         if not (path.is_file() or path.is_dir()):  # a pipe would be waited for, a device read for ever
             raise InputError(f"{setting}={text} is neither a file nor a folder")
         return path
+    if text.startswith(hub.PREFIX):
+        return hub.fetch(text, setting, offline)
     if re.match(r"https?://", text):
         return _fetch(text, _cached_path(text, None), None, f"{setting}={text}", offline)
     full = find(text)

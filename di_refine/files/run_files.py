@@ -58,6 +58,11 @@ class RunFiles:
         """The picture that compares the generator at the start and at the end."""
         return self.path / "before_after.png"
 
+    @property
+    def diffusers(self) -> Path:
+        """The diffusers folder with the last network of a run that began with one."""
+        return self.path / "diffusers"
+
     def metric(self, name: str) -> Path:
         """The results of one metric, one JSON object per measurement."""
         return self.path / f"metric-{name}.jsonl"

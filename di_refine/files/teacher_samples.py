@@ -18,9 +18,8 @@ from PIL import Image
 
 from di_refine import terminal
 from di_refine.errors import RunError
-from di_refine.files import registry
+from di_refine.files import networks, registry
 from di_refine.files.dataset_writer import Picture, map_in_order, new_folders, project_version, write_archive
-from di_refine.files.download import sha256_of
 from di_refine.files.pictures import to_uint8
 from di_refine.labels import LabelLaw
 from torch_utils import safe_files
@@ -53,7 +52,9 @@ class SeededSampler(Protocol):
         ...
 
 
-def sample_settings(path: Path, num: int, steps: int, seed: int, labels: LabelLaw) -> dict[str, Any]:
+def sample_settings(
+    path: Path, num: int, steps: int, seed: int, labels: LabelLaw, config: networks.Config | None = None
+) -> dict[str, Any]:
     """Return everything that samples depend on; two files with the same settings hold the same images.
 
     Args:
@@ -62,11 +63,12 @@ def sample_settings(path: Path, num: int, steps: int, seed: int, labels: LabelLa
         steps: steps of the sampler.
         seed: seed of latents and labels.
         labels: what labels are drawn from.
+        config: what was given besides the teacher's file.
     """
     frequencies = labels.frequencies if labels.has_classes else None
     return {
         "layout": LAYOUT,
-        "teacher_sha256": sha256_of(path),
+        "teacher_sha256": networks.digest(path, config),
         "images": num,
         "steps": steps,
         "seed": seed,
@@ -81,13 +83,14 @@ def cached_path(teacher_path: str | os.PathLike, settings: dict[str, Any]) -> Pa
     return _folder() / f"{Path(teacher_path).stem}-{settings['teacher_sha256'][:12]}-{digest[:8]}.zip"
 
 
-def cached_samples(teacher_path: str | os.PathLike) -> Path | None:
+def cached_samples(teacher_path: str | os.PathLike, config: networks.Config | None = None) -> Path | None:
     """Return the kept samples of a teacher that were drawn, or asked for, last; None where there are none.
 
     Args:
         teacher_path: the teacher's file. Its content counts, not its name.
+        config: what was given besides the teacher's file.
     """
-    found = _folder().glob(f"*-{sha256_of(teacher_path)[:12]}-*.zip")
+    found = _folder().glob(f"*-{networks.digest(teacher_path, config)[:12]}-*.zip")
     return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "Record",
     "TENSORFLOW_NETWORK",
     "Unknown",
+    "assemble",
     "blueprint",
     "check_shared",
     "from_records",
@@ -54,6 +55,7 @@ _PROVIDERS = (
     "stylegan2_ada.tf_legacy",
     "di_refine.edm.networks",
     "di_refine.edm.checks",
+    "di_refine.ddpm.networks",
 )
 _AVERAGES = ("G_ema", "ema")
 _NETWORK_KEYS = {"G", "D", "G_ema", "ema", "net", "Sg"}
@@ -174,6 +176,21 @@ def from_records(content: dict[str, Any], name: str, notes: list[str] | None = N
     """
     with _explained(name):
         return _rebuild_all(_named(content), notes)
+
+
+def assemble(plan: Blueprint, name: str) -> torch.nn.Module:
+    """Return the network of a blueprint, checked as one from a pickle; it serves files that hold tensors alone.
+
+    Args:
+        plan: its class is a registered one.
+        name: of the file, for messages.
+
+    Raises:
+        NetworkFormatError: names the file and what does not fit.
+    """
+    _import_providers()
+    with _explained(name):
+        return builder.assemble(_classes[plan.class_name][0], plan)
 
 
 @contextlib.contextmanager

@@ -286,6 +286,8 @@ def _compare_layers(modules: dict[str, torch.nn.Module], layers: dict[str, Recor
             raise NetworkFormatError(f"the layer '{path}' ({type(module).__name__}) is missing")
     for path, layer in layers.items():
         name = type(modules[path]).__name__ if path in modules else "nothing"
+        if layer.class_name == "ModuleDict" and path in modules and not hasattr(type(modules[path]), "init_kwargs"):
+            continue  # the tensors alone of a layer that `describe` calls plain
         if path and layer.class_name != name:
             raise NetworkFormatError(f"the layer '{path}' is a {printable(layer.class_name)}; expected {name}")
         _adopt_attributes(modules[path], layer, path)
@@ -393,38 +395,45 @@ def _map_entries(record: Record, function: Callable[[str, Any], Any], path: str 
     return dataclasses.replace(record, state=state)
 
 
-def describe(network: Any, module_texts: dict[type, str | None]) -> Record:
+def describe(network: Any, module_texts: dict[type, str | None], plain: bool = False) -> Record:
     """Return the record, without tensors, of a persistent object that was built here.
 
     Args:
         network: instance of a persistent class, a `torch.nn.Module` or not.
         module_texts: source texts of the modules of persistent classes.
+        plain: the network is a layer of a class whose `plain_layers` says that its constructor makes all layers anew.
+            Such layers may be of any class, and only their tensors are described, as those of torch's ModuleDict.
 
     Raises:
         NetworkFormatError: the object could not be loaded again.
     """
     cls = type(network)
-    if cls is torch.nn.ModuleDict:
+    plain = plain and cls not in module_texts
+    if plain or cls is torch.nn.ModuleDict:
         text = None
     elif module_texts.get(cls) is None:
         reason = "has no source file" if cls in module_texts else "is not a persistent class"
         raise NetworkFormatError(f"{cls.__module__}.{cls.__qualname__} {reason}, so it cannot be written")
     else:
         text = module_texts[cls]
-    state = dict(vars(network))
+    state: dict[str, Any] = dict(vars(torch.nn.ModuleDict() if plain else network))
     state.pop(SOURCE_RECORD, None)
+    below = plain or getattr(cls, "plain_layers", False)
     if isinstance(network, torch.nn.Module):
-        for name, value in vars(network).items():
+        for name in list(state):
+            value = vars(network)[name]
             if name in ("_parameters", "_buffers"):
                 state[name] = {leaf: None if tensor is None else _slot(tensor) for leaf, tensor in value.items()}
             elif name == "_modules":
                 state[name] = {
-                    leaf: None if child is None else describe(child, module_texts) for leaf, child in value.items()
+                    leaf: None if child is None else describe(child, module_texts, below)
+                    for leaf, child in value.items()
                 }
             elif name.startswith("_") and "hook" in name:
                 state[name] = OrderedDict() if isinstance(value, dict) else None
-    constructor = {name: state.pop(name) for name in ("_init_args", "_init_kwargs") if name in state}
-    return Record(cls.__name__, {**state, **constructor}, text)  # in the order of the official files
+    constructor: dict[str, Any] = {name: state.pop(name) for name in ("_init_args", "_init_kwargs") if name in state}
+    class_name = "ModuleDict" if plain else cls.__name__
+    return Record(class_name, {**state, **constructor}, text)  # in the order of the official files
 
 
 def as_constructed(record: Record, network: torch.nn.Module) -> Record:

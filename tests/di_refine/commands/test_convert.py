@@ -75,7 +75,7 @@ def test_tensorflow_pickle_becomes_an_official_one(tmp_path):
 @pytest.mark.parametrize(
     "args, reason",
     [
-        (["--dest=x.zip"], "--dest=x.zip must end in .pkl, .safetensors or .onnx"),
+        (["--dest=x.zip"], "--dest=x.zip must end in .pkl, .safetensors, .onnx or .pt"),
         (["--dest=x.onnx", "--refresh-source"], "--refresh-source is for pickles and safetensors"),
         (["--dest=x.pkl", "--noise-mode=none"], "--noise-mode is for --dest=...onnx"),
         (["--dest=x.pkl", "--init-sigma=1"], "--init-sigma is for --dest=...onnx"),

@@ -176,7 +176,7 @@ def test_images_that_are_not_finite(tmp_path, monkeypatch):
     with torch.no_grad():
         teacher.model.map_layer0.bias.fill_(float("nan"))
     file = replace(networks.load(UNCOND), average=teacher)
-    monkeypatch.setattr(networks, "load", lambda path, setting: file)
+    monkeypatch.setattr(networks, "load", lambda *arguments: file)
     result = run()
     assert result.exit_code == 1 and "not finite" in result.stderr and not files(tmp_path)
 
@@ -184,7 +184,7 @@ def test_images_that_are_not_finite(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, teacher, words",
     [
-        ([], GAN, "is a StyleGAN2 generator, and an EDM diffusion model is needed"),
+        ([], GAN, "is a StyleGAN2 generator, and a diffusion model is needed"),
         ([], "no/such.pkl", "--teacher=no/such.pkl: there is no such file"),
         ([], "stylegan2-digits.pkl", "needs edm"),
         ([], Path(__file__), "test_sample_teacher.py"),

@@ -136,7 +136,6 @@ def test_generating_with_a_diffusion_model_tells_of_one_step_files(tmp_path):
 FOREIGN = {
     "rosinality.pt": "a torch.save checkpoint; no command",
     "rosinality_old.pt": "a torch.save checkpoint in the form before PyTorch 1.6; no command",
-    "ddpm": "a diffusers folder; no command",
     "ddpm/unet/diffusion_pytorch_model.safetensors": "safetensors without the JSON",
     "web_page.pkl": "a web page; the download went wrong",
     "web_page2.pkl": "a web page; the download went wrong",
