@@ -74,10 +74,10 @@ class Comparison:
             return
         job, device, net = self.job, self.job.device.type, self.job.subject.file.average
         shared = {"labels": job.labels.content, "device": device, "image": (net.img_channels, net.img_resolution)}
-        original = {**shared, "file": kept.file_hash(job.subject.file.path), **job.subject.facts}
+        original = {**shared, "file": job.subject.file.digest, **job.subject.facts}
         teacher = {
             **shared,
-            "files": [kept.file_hash(path) for path in job.subject.teachers],
+            "files": [networks.digest(*named) for named in zip(job.subject.teachers, job.subject.configs)],
             "weights": job.teach.teacher_weight,
             "steps": job.teach.teacher_steps,
         }

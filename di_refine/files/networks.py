@@ -47,6 +47,7 @@ class NetworkFile:
         networks: all that the file holds, by its keys; what is not needed and of no use here as the file has it.
         sigmas: the noise levels of a distilled generator, one per step; None for other kinds.
         labels: what its labels are drawn from: what the file says, or where it says nothing, all classes equally often.
+        config: what was given besides the file.
     """
 
     path: Path
@@ -55,6 +56,12 @@ class NetworkFile:
     networks: dict[str, Any]
     labels: LabelLaw
     sigmas: list[float] | None = None
+    config: "Config | None" = None
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of all that says which network this is, see `networks.digest`."""
+        return digest(self.path, self.config)
 
     def require(self, kind: str, setting: str) -> "NetworkFile":
         """This file, if it is of a kind.
@@ -105,7 +112,7 @@ def load(path: str | os.PathLike, setting: str = "network", config: Config | Non
             )
         kind = DISTILLED if sigmas is not None else ONE_STEP if "Sg" in networks else EDM
         labels = _labels(networks, average.label_dim, path, setting)
-        return NetworkFile(Path(path), kind, average, networks, labels, sigmas)
+        return NetworkFile(Path(path), kind, average, networks, labels, sigmas, config)
     neither = f"{path} holds neither a StyleGAN2 generator (G_ema) nor a diffusion model (ema)"
     raise InputError(f"`{setting}`: {foreign.explained(neither, path)}")
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from di_refine import terminal
 from di_refine.files import registry
-from di_refine.files.download import sha256_of
 from di_refine.metrics.evaluate import Evaluator
 from di_refine.metrics.feature_net import Identity
 from di_refine.metrics.results import MetricResult
@@ -24,20 +23,11 @@ def key(evaluator: Evaluator, sampler: Mapping[str, Any], seed: int) -> str:
 
     Args:
         evaluator: measures.
-        sampler: what the images depend on: the hash of the network's file, the labels, the steps, the device.
+        sampler: what the images depend on: the digest of the network's files, the labels, the steps, the device.
         seed: of the images.
     """
     content = {"layout": LAYOUT, "evaluator": evaluator.identity(), "sampler": sampler, "seed": seed}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:24]
-
-
-def file_hash(path: Path) -> str:
-    """The SHA-256 of a file, or of all files in a folder."""
-    if not path.is_dir():
-        return sha256_of(path)
-    files = sorted(entry for entry in path.rglob("*") if entry.is_file())
-    content = "".join(f"{entry.relative_to(path)} {sha256_of(entry)}\n" for entry in files)
-    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def load(name: str) -> list[MetricResult] | None:

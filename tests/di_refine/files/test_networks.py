@@ -15,6 +15,7 @@ from di_refine.denoisers import load_denoiser
 from di_refine.edm.networks import EDMPrecond
 from di_refine.errors import InputError
 from di_refine.files import networks, safetensors_pair
+from di_refine.files.download import sha256_of
 from di_refine.generators import load_sampler
 from stylegan2_ada.networks import Generator
 from torch_utils import persistence
@@ -265,3 +266,18 @@ def refused_with(monkeypatch, path, key, attribute, value):
     monkeypatch.setattr(safetensors_pair, "load_either", load)
     with pytest.raises(InputError, match=rf"attribute '({attribute}|{name})' is|is no diffusion model that works"):
         networks.load(path)
+
+
+def test_the_digest_is_that_of_all_that_says_which_network_it_is(tmp_path):
+    """Measurements and samples are kept under it."""
+    teacher = GOLDEN / "distill/teacher.pkl"
+    for kimg in ("000003", "000012"):
+        shutil.copy(teacher if kimg == "000012" else GOLDEN / "edm/vp.pkl", tmp_path / f"network-snapshot-{kimg}.pkl")
+    assert networks.digest(tmp_path) == networks.digest(teacher) == sha256_of(teacher)
+    folder = shutil.copytree(GOLDEN / "diffusers/ddpm-eps-linear", tmp_path / "folder")
+    digest = networks.digest(folder)
+    (folder / "README.md").write_text("says nothing of the network")
+    assert networks.digest(folder) == digest != networks.digest(folder, {"num_train_timesteps": 10})
+    scheduler = folder / "scheduler/scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("0.02", "0.03"))
+    assert networks.digest(folder) != digest

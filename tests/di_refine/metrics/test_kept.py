@@ -33,12 +33,3 @@ def test_a_folder_that_cannot_be_made_is_said(results, capsys):
     registry.cache_folder().write_text("a file")
     kept.store("a", results)
     assert "note: cannot keep measurements" in capsys.readouterr().err
-
-
-def test_the_hash_of_a_folder_is_that_of_its_files(tmp_path):
-    (tmp_path / "a").write_text("x")
-    one = kept.file_hash(tmp_path)
-    (tmp_path / "b").write_text("y")
-    two = kept.file_hash(tmp_path)
-    (tmp_path / "b").unlink()
-    assert one != two and kept.file_hash(tmp_path) == one != kept.file_hash(tmp_path / "a")
