@@ -13,6 +13,7 @@ import pickle
 import pickletools
 import stat
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -123,7 +124,7 @@ def check_safetensors(path: str | os.PathLike) -> None:
         raise OSError(errno.EFBIG, f"a header of {header} bytes, {most}", os.fspath(path))
 
 
-def check_saved(file: IO[bytes], size: int) -> list[zipfile.ZipInfo]:
+def check_saved(file: IO[bytes], size: int, also: Iterable[str] = ()) -> list[zipfile.ZipInfo]:
     """Check a file of `torch.save` before `torch.load(weights_only=True)` reads it, which has no bounds of its own.
 
     Such a call takes bytes from packed entries, and calls what makes arrays of any size, as `bytearray(1 << 40)`.
@@ -131,6 +132,7 @@ def check_saved(file: IO[bytes], size: int) -> list[zipfile.ZipInfo]:
     Args:
         file: in either of PyTorch's formats, a zip file or a row of pickles.
         size: its bytes.
+        also: names, such as "argparse Namespace", that its pickle may ask for besides those of tensors.
 
     Returns:
         The entries of the zip file; none for the other format.
@@ -143,7 +145,7 @@ def check_saved(file: IO[bytes], size: int) -> list[zipfile.ZipInfo]:
     if not zipfile.is_zipfile(file):
         file.seek(0)
         for _ in range(5):  # a number, a version, facts of the machine, the content, and what is stored behind it
-            _check_pickle(file)
+            _check_pickle(file, also)
         return []
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -158,7 +160,7 @@ def check_saved(file: IO[bytes], size: int) -> list[zipfile.ZipInfo]:
         if pickles[0].file_size > SAVED_PICKLE:
             raise zipfile.BadZipFile(f"its data.pkl has more than {SAVED_PICKLE} bytes")
         with archive.open(pickles[0]) as content:
-            _check_pickle(io.BytesIO(content.read()))
+            _check_pickle(io.BytesIO(content.read()), also)
         return entries
 
 
@@ -174,11 +176,11 @@ def _directory(file: IO[bytes], size: int) -> int | None:
     return int.from_bytes(end[-50:-42], "little") if end[:4] == b"PK\6\6" and record == size - 98 else None
 
 
-def _check_pickle(file: IO[bytes]) -> None:
+def _check_pickle(file: IO[bytes], also: Iterable[str]) -> None:
     """Read a pickle to its end, making nothing of it."""
     try:
         for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and argument not in SAVED_NAMES:
+            if opcode.name in ("GLOBAL", "INST", "STACK_GLOBAL") and argument not in {*SAVED_NAMES, *also}:
                 raise pickle.UnpicklingError(f"its pickle asks for {argument}, which no tensor needs")
             if opcode.name == "PROTO" and argument != 2:  # of which PyTorch would warn
                 raise pickle.UnpicklingError(f"its pickle has protocol {argument}, and torch.save writes 2")

@@ -29,8 +29,8 @@ _AVERAGES = ("G_ema", "ema")  # what people use a file for
     "--source",
     required=True,
     metavar="FILE|FOLDER|URL|NAME",
-    help="Read this pickle, pair of NAME.safetensors and NAME.json, diffusers folder, or .pt file of a diffusion "
-    "model.",
+    help="Read this pickle, pair of NAME.safetensors and NAME.json, diffusers folder, or .pt file of a diffusion model "
+    "or of rosinality's StyleGAN2.",
 )
 @click.option(
     "--source-config",
@@ -80,17 +80,20 @@ def main(ctx, source, source_config, dest, overwrite, refresh_source, key, noise
     python -m di_refine convert --source=old.pkl --dest=new.pkl --refresh-source
     python -m di_refine convert --source=stylegan2-digits.pkl --dest=digits.onnx --noise-mode=none
     python -m di_refine convert --source=network-snapshot-001000.pkl --dest=student
+    python -m di_refine convert --source=rosinality.pt --dest=network.pkl
 
     Pickles and safetensors keep everything: networks, settings, embedded source. ONNX has the one generator, for any
     batch size, with the inputs z and (if conditional) c and the output images. A diffusion model that came from a
-    diffusers folder or from a .pt file can be written as one again.
+    diffusers folder or from a .pt file can be written as one again; a StyleGAN2 generator as .pt is what rosinality's
+    code reads.
     """
     # These, and those in _model, import PyTorch, which --help must not wait for.
     import torch
 
-    from di_refine.files import adm_checkpoint, diffusers_folder, onnx_export, registry, safetensors_pair
+    from di_refine.files import adm_checkpoint, diffusers_folder, onnx_export, registry, rosinality, safetensors_pair
     from di_refine.files.networks import digest, read, say
     from di_refine.labels import KEY
+    from stylegan2_ada.networks import Generator
     from torch_utils import persistence
 
     dest = Path(dest)
@@ -123,11 +126,16 @@ def main(ctx, source, source_config, dest, overwrite, refresh_source, key, noise
     if form == "pickle":
         persistence.save(networks, dest)
     elif form in ("weights", "folder"):
+        is_generator = isinstance(networks.get("G_ema"), Generator)
         try:
-            (adm_checkpoint if form == "weights" else diffusers_folder).save(networks, dest)
+            if form == "weights" and is_generator:
+                for note in rosinality.save(networks, dest):
+                    say(f"{dest}: {note}")
+            else:
+                (adm_checkpoint if form == "weights" else diffusers_folder).save(networks, dest)
         except persistence.NetworkFormatError as error:
             raise InputError(f"--dest={error}") from None
-        modules = ["ema"]
+        modules = ["G_ema" if is_generator else "ema"]
     elif form == "safetensors":
         for left_out in safetensors_pair.save(networks, dest):
             say(f"{dest}: '{left_out}' is left out, since only pickles hold what is of a class that is not known here")

@@ -14,7 +14,7 @@ from di_refine import terminal
 from di_refine.ddpm.networks import ADMPrecond, DiffusersPrecond
 from di_refine.edm.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from di_refine.errors import InputError
-from di_refine.files import adm_checkpoint, diffusers_folder, foreign, safetensors_pair, torch_file
+from di_refine.files import adm_checkpoint, diffusers_folder, foreign, rosinality, safetensors_pair, torch_file
 from di_refine.files.download import sha256_of
 from di_refine.files.run_files import RunFiles
 from di_refine.labels import KEY, LabelLaw
@@ -133,11 +133,12 @@ def read(path: str | os.PathLike, setting: str = "network", config: Config | Non
     try:
         if Path(path).is_dir() and diffusers_folder.is_folder(path):
             return diffusers_folder.load(path, _settings(config, setting))
-        tensors = torch_file.load(path) if torch_file.is_torch_file(path) else None
+        tensors = torch_file.load(path, with_settings=True) if torch_file.is_torch_file(path) else None
         if adm_checkpoint.is_ours(tensors):
-            return adm_checkpoint.load(
-                path, torch_file.checked(tensors, path), _settings(_beside(path, config), setting)
-            )
+            flags = _settings(_beside(path, config), setting)
+            return adm_checkpoint.load(path, torch_file.checked(tensors, path), flags)
+        if tensors is not None and rosinality.is_ours(tensors) and config is None:
+            return _with_notes(path, rosinality.load(path, tensors, notes), notes)
     except persistence.NetworkFormatError as error:
         raise InputError(f"`{setting}`: {error}") from None
     if config is not None:
@@ -146,6 +147,10 @@ def read(path: str | os.PathLike, setting: str = "network", config: Config | Non
         networks = safetensors_pair.load_either(path, notes)
     except persistence.NetworkFormatError as error:
         raise InputError(f"`{setting}`: {foreign.explained(error, path)}") from None
+    return _with_notes(path, networks, notes)
+
+
+def _with_notes(path: str | os.PathLike, networks: dict[str, Any], notes: list[str]) -> dict[str, Any]:
     for note in notes:
         say(f"{path}: {note}")
     return networks

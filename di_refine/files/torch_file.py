@@ -1,5 +1,6 @@
 """Files that `torch.save` wrote, in its form of today (a zip archive) and in the one from before PyTorch 1.6."""
 
+import argparse
 import os
 import pickle
 import zipfile
@@ -26,17 +27,24 @@ def is_torch_file(path: str | os.PathLike) -> bool:
         return False
 
 
-def load(path: str | os.PathLike) -> Any:
+def load(path: str | os.PathLike, with_settings: bool = False) -> Any:
     """Return what is in a file: tensors, on the CPU, and plain values. Nothing in it is executed.
+
+    Args:
+        path: the file.
+        with_settings: let it hold the options of a command line (`argparse.Namespace`), too, which are plain values.
 
     Raises:
         NetworkFormatError: names the file and says why it is not usable.
     """
     try:
         with safe_files.open_regular(path, safe_files.NETWORK_BYTES) as file:
-            safe_files.check_saved(file, os.fstat(file.fileno()).st_size)
+            allowed: list[Any] = [argparse.Namespace] if with_settings else []
+            names = [f"{kind.__module__} {kind.__name__}" for kind in allowed]
+            safe_files.check_saved(file, os.fstat(file.fileno()).st_size, names)
             file.seek(0)
-            return torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(allowed):
+                return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise NetworkFormatError(f"{path}: {error.strerror or error}") from None
     except pickle.UnpicklingError:  # its text advises to load the file without the check

@@ -53,4 +53,4 @@ def test_other_arrays_and_checkpoints_are_described_by_their_reader(tmp_path):
     with pytest.raises(InputError, match="without mu and sigma or arr_0; no command here reads it"):
         networks.load(tmp_path / "other.npz")
     with pytest.raises(InputError, match="not a feature network; expected Inception weights"):
-        load_detector(CASES / "rosinality.pt")
+        load_detector(CASES / "checkpoint.pt")

@@ -135,8 +135,8 @@ def test_generating_with_a_diffusion_model_tells_of_one_step_files(tmp_path):
 
 
 FOREIGN = {
-    "rosinality.pt": "a torch.save checkpoint; no command",
-    "rosinality_old.pt": "a torch.save checkpoint in the form before PyTorch 1.6; no command",
+    "checkpoint.pt": "a torch.save checkpoint; no command",
+    "checkpoint_old.pt": "a torch.save checkpoint in the form before PyTorch 1.6; no command",
     "ddpm/unet/diffusion_pytorch_model.safetensors": "safetensors without the JSON",
     "web_page.pkl": "a web page; the download went wrong",
     "web_page2.pkl": "a web page; the download went wrong",
@@ -152,7 +152,7 @@ def test_foreign_files_are_called_by_their_name(name):
             load(CASES / name)
 
 
-@pytest.mark.parametrize("name", ["rosinality.pt", "edm2.pkl", "web_page.pkl"])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "edm2.pkl", "web_page.pkl"])
 def test_converting_a_foreign_file_names_it(name, tmp_path):
     result = CliRunner().invoke(convert.main, [f"--source={CASES / name}", f"--dest={tmp_path / 'a.pkl'}"])
     assert result.exit_code == 2 and f"{name} is {FOREIGN[name]}" in result.stderr
