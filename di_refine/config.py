@@ -100,6 +100,13 @@ class TrainerConfig(UpdateConfig):
 
     batch: int = 128
     lr: float = setting(1e-5, "Set Adam's learning rate for the generator.", above=0, group=LEARNING, may_change=True)
+    lr_rampdown: float = setting(
+        0.0,
+        "Let the generator's learning rate fall linearly to 0 over this many thousand images at the end.",
+        minimum=0,
+        group=LEARNING,
+        may_change=True,
+    )
     score_lr: float = setting(
         1e-5, "Set Adam's learning rate for the student score.", above=0, group=LEARNING, may_change=True
     )

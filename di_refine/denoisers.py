@@ -208,6 +208,11 @@ def _unet(net: torch.nn.Module) -> torch.nn.Module | None:
     return model if isinstance(model, (SongUNet, DhariwalUNet)) else None
 
 
+def has_encoder(net: torch.nn.Module) -> bool:
+    """Whether the layers of a denoiser are known here, so that `encoder_layer` finds its encoder."""
+    return _unet(net) is not None
+
+
 def encoder_layer(net: torch.nn.Module) -> torch.nn.Module:
     """The last layer of a denoiser's encoder, whose output the density ratio is made from.
 
@@ -224,6 +229,40 @@ def encoder_layer(net: torch.nn.Module) -> torch.nn.Module:
     if unet is None:
         raise ValueError(f"{type(net).__name__} has no encoder that is known here; name the layer that makes features")
     return list(cast(torch.nn.ModuleDict, unet.enc).values())[-1]
+
+
+class _Encoded(Exception):
+    """Carries the encoder's features out of a network whose other half is not wanted."""
+
+    def __init__(self, features: torch.Tensor):
+        self.features = features
+
+
+def encode(
+    net: torch.nn.Module,
+    layer: torch.nn.Module,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    labels: torch.Tensor,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """What a layer of a denoiser gives for `x` at noise levels `sigma` `[N]`, without the cost of the layers after it.
+
+    Raises:
+        RuntimeError: the layer takes no part.
+    """
+
+    def leave(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
+        raise _Encoded(output)
+
+    handle = layer.register_forward_hook(leave)
+    try:
+        net(x, sigma, labels, **kwargs)
+    except _Encoded as found:
+        return found.features
+    finally:
+        handle.remove()
+    raise RuntimeError("the layer that makes the features was not reached")
 
 
 def recompute_blocks(net: torch.nn.Module) -> None:

@@ -11,12 +11,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-
-class _Encoded(Exception):
-    """Carries the encoder's features out of a network whose other half is not wanted."""
-
-    def __init__(self, features: torch.Tensor):
-        self.features = features
+from di_refine import denoisers
 
 
 class DensityRatio(torch.nn.Module):
@@ -69,19 +64,7 @@ class DensityRatio(torch.nn.Module):
 
     def features(self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
         """Features of `x` at noise levels `sigma` `[N]`, without the cost of the student's decoder."""
-        student, layer = self._student
-
-        def leave(module, args, output):
-            raise _Encoded(output)
-
-        handle = layer.register_forward_hook(leave)
-        try:
-            student(x, sigma, labels, **kwargs)
-        except _Encoded as found:
-            return found.features
-        finally:
-            handle.remove()
-        raise RuntimeError("the layer that makes the features was not reached")
+        return denoisers.encode(*self._student, x, sigma, labels, **kwargs)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Features `[N, ...]` -> unclamped logits `[N]`, float32: estimates of log q / p."""

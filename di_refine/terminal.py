@@ -68,7 +68,7 @@ class progress:
         done: units that were done before, in an earlier part of the same work. They count in the share, not in the
             rate.
         max_seconds: after so many seconds the work ends in any case; None for never.
-        check: called at every update and at every `beat`; what it raises ends the work.
+        check: called at every update and `beat` of this and of what it contains; what it raises ends the work.
     """
 
     def __init__(
@@ -123,8 +123,9 @@ class progress:
             self._bar.update(self.count - before)
         elif self.enabled and (now := time.monotonic()) >= self._next:
             self._print(now)
-        if self._check is not None:
-            self._check()
+        for bar in list(_shown):
+            if bar._check is not None:
+                bar._check()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -176,7 +177,7 @@ def beat() -> None:
     """Say, within one unit of work that takes long, that it goes on; the innermost progress is shown where it is due.
 
     Raises:
-        Exception: what the `check` of that progress raises.
+        Exception: what the `check` of a progress raises.
     """
     if _shown:
         _shown[-1].update(0)

@@ -98,6 +98,7 @@ class Trainer:
         ratio_layer: where in the student the ratio finds features, see `di_refine.ratio.DensityRatio`.
         critic: gives the adversarial loss; None leaves that to the density ratio.
         labels: what labels are drawn from; None draws all classes equally often.
+        total: length of the training, in images, which a falling learning rate needs to know.
         sigma, score_sigma: laws of the noise levels of the objective and of the student score, in place of those that
             the settings name. A `score_sigma` of None lets the same noised samples serve both.
 
@@ -128,10 +129,13 @@ class Trainer:
         ratio_layer: torch.nn.Module | None = None,
         critic: Critic | None = None,
         labels: LabelLaw | None = None,
+        total: int | None = None,
         sigma: Law | None = None,
         score_sigma: Law | None = None,
     ):
-        self.config = config
+        self.config, self._total = config, total
+        if config.lr_rampdown and total is None:
+            raise ValueError("`lr_rampdown` needs to know the end of the training: give total as well")
         if isinstance(config.batch_gpu, str):
             raise ValueError(f"batch_gpu={config.batch_gpu} has to be chosen before the trainer is made; give a number")
         self.share = distributed.share(config.batch)
@@ -229,6 +233,9 @@ class Trainer:
             if self.objective.needs_student:
                 totals |= self._update(STUDENT, totals["score_loss"] + totals.get("ratio_loss", 0))
         if moves:
+            for name in (GENERATOR, CRITIC) if cfg.lr_rampdown else ():
+                for group in self.optimizers[name].param_groups if name in self.optimizers else ():
+                    group["lr"] = self._lr
             totals |= self._update(GENERATOR, totals["generator_loss"])
             if self.critic is not None:
                 totals |= self._update(CRITIC, totals["critic_loss"])
@@ -453,6 +460,14 @@ class Trainer:
             yield
 
     # Updating ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _lr(self) -> float:
+        """The generator's learning rate at this step. That of the student score, which follows, stays as it is."""
+        if not self.config.lr_rampdown or self._total is None:
+            return self.config.lr
+        left = max(self._total - self.nimg, self.config.batch)
+        return self.config.lr * min(left / (self.config.lr_rampdown * 1000), 1)
 
     @property
     def _ratio_lr(self) -> float:

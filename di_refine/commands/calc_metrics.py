@@ -17,14 +17,17 @@ from di_refine.errors import InputError
 from di_refine.files import registry
 from di_refine.files.run_files import RunFiles
 from di_refine.metrics.config import ALLOW_CODE_HELP
-from di_refine.metrics.kinds import FORMS, KINDS, Needs, parse_metrics
+from di_refine.metrics.kinds import FORMS, KINDS, TEACHER, MetricSpec, Needs, parse_metrics
 from torch_utils.settings import FILES, MACHINE, MEASURING, NETWORK, setting
 
 if TYPE_CHECKING:
+    import torch
+
     from di_refine.generators import Sampler
     from di_refine.metrics.evaluate import Evaluator
     from di_refine.metrics.references import ReferenceSource
     from di_refine.metrics.results import MetricResult
+    from di_refine.metrics.teacher_net import TeacherReference
 
 # PyTorch is imported inside of the functions that need it, so that --help is quick.
 
@@ -77,6 +80,13 @@ class CalcConfig(LabelsConfig):
         group=MEASURING,
         metavar="PATH|NAME",
         default_text="what `metrics` names, else Inception",
+    )
+    teacher: str | None = setting(
+        None,
+        f"Take the features and samples of this diffusion model in metrics such as fd5k@{TEACHER}.",
+        group=MEASURING,
+        metavar="PATH|NAME",
+        default_text="what the registry says belongs to the network",
     )
     allow_code: bool = setting(False, ALLOW_CODE_HELP, group=MEASURING)
     perceptual: str | None = setting(
@@ -285,6 +295,7 @@ def _measure(sources: Sequence[Source], config: CalcConfig, device: str) -> dict
         config.workers,
         distributed=distributed.world_size() > 1,
         allow_code=config.allow_code,
+        teacher=_teacher_reference(config, specs, paths, place),
     )
     for sampler in samplers:
         evaluator.check(sampler)
@@ -305,6 +316,27 @@ def _measure(sources: Sequence[Source], config: CalcConfig, device: str) -> dict
         summaries += [{**summary, "steps": steps} for summary in of_source]
     compare.add_differences(summaries)
     return {"results": summaries, "warnings": evaluator.warnings, **_grid(config, sources, samplers, summaries)}
+
+
+def _teacher_reference(
+    config: CalcConfig, specs: Sequence[MetricSpec], paths: Sequence[Path], device: torch.device
+) -> TeacherReference | None:
+    """What metrics of the name `@teacher` go by; None where there are none of these, or no teacher is known."""
+    from di_refine.files import label_laws, networks
+    from di_refine.metrics.teacher_net import IMAGES, TeacherReference
+
+    counts = [spec.num_images for spec in specs if spec.detector == TEACHER]
+    if not counts:
+        return None
+    if config.teacher is not None:
+        path: Path | None = registry.resolve(config.teacher, setting="teacher", kind="edm")
+    else:
+        path = registry.companion(paths[0], "teacher") if paths else None
+    if path is None:
+        return None
+    file = networks.load(path, "teacher").require(networks.EDM, "teacher")
+    law = label_laws.choose(config.labels, file.labels)
+    return TeacherReference(file.average.requires_grad_(False), path, max(counts) or IMAGES, law, device)
 
 
 def _registered_metrics(paths: Sequence[Path]) -> list[str]:

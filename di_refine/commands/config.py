@@ -98,6 +98,14 @@ class PretrainConfig(Settings):
         choices=(AUTO, PAPER),
         group=WHAT,
     )
+    start_from: str | None = setting(
+        None,
+        "Start from the networks in this file, of any size and classes: what fits is copied, the rest is new.",
+        metavar="FILE|URL|NAME",
+        names=("--from",),
+        group=WHAT,
+        default_text="untrained networks",
+    )
     cond: bool | None = setting(
         None, "Train a class-conditional network.", group=WHAT, default_text="if the data have labels"
     )

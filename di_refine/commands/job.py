@@ -25,6 +25,8 @@ from di_refine.generators import DiffusionSampler, GeneratorSampler
 from di_refine.labels import KEY, LabelLaw
 from di_refine.metrics.config import MeasureConfig
 from di_refine.metrics.evaluate import Evaluator
+from di_refine.metrics.kinds import TEACHER
+from di_refine.metrics.teacher_net import TeacherReference
 from di_refine.presets import Facts
 from di_refine.runs import directory
 from di_refine.runs.config import LoopConfig, RunConfig
@@ -226,11 +228,19 @@ def build(subject: Subject, values: dict[str, Any], sources: dict[str, str], dev
         _check_labels(labels, dataset, trainer)
     entry = registry.entry_for_path(subject.file.path) or {}
 
+    def of_teacher(num_images: int) -> TeacherReference:
+        if len(teachers) > 1:
+            raise InputError(f"`metrics`: @{TEACHER} goes by the features of one teacher, and there are several")
+        net = copy.deepcopy(teachers[0]).to(device).requires_grad_(False)
+        return TeacherReference(net, subject.teachers[0], num_images, labels, device, subject.configs[0])
+
     def evaluator(names: str | None, recommended: list[str]) -> Evaluator | None:
         reference = measure.ref or registry.companion(subject.file.path, "statistics")
-        return make_evaluator(names, recommended, reference, measure, device, teach.workers)
+        return make_evaluator(names, recommended, reference, measure, device, teach.workers, of_teacher)
 
-    at_snapshots = evaluator(measure.metrics, entry.get("metrics", []))
+    # Where nobody knows better, the teacher judges.
+    default = [] if len(teachers) > 1 or not denoisers.has_encoder(teachers[0]) else [_teacher_metric(device)]
+    at_snapshots = evaluator(measure.metrics, entry.get("metrics", default))
     recommended = entry.get("final_metrics", []) if measure.metrics != "none" else []
     at_end = evaluator(measure.final_metrics, recommended)
     if at_end is None and measure.final_metrics != "none":
@@ -252,6 +262,11 @@ def build(subject: Subject, values: dict[str, Any], sources: dict[str, str], dev
         at_snapshots,
         at_end,
     )
+
+
+def _teacher_metric(device: torch.device) -> str:
+    """The metric for networks that the registry does not know, of as many images as the device makes in a minute."""
+    return f"fd1k@{TEACHER}" if device.type == "cpu" else f"fd5k@{TEACHER}"
 
 
 def _check_teacher(subject: Subject, teacher: torch.nn.Module, config: TrainerConfig) -> None:
@@ -358,9 +373,17 @@ def make_trainer(job: Job, batch_gpu: int | None = None) -> tuple[Trainer, Strea
         pipe = None if pipe is None else pipe.to(device)
         critic = Critic(copy.deepcopy(subject.discriminator).to(device), config.gamma, pipe)
     bridge = Bridge(*own, *theirs) if own != theirs else None
-    return Trainer(
-        generator, teacher, config, bridge=bridge, reference=stream, critic=critic, labels=job.labels
-    ), stream
+    trainer = Trainer(
+        generator,
+        teacher,
+        config,
+        bridge=bridge,
+        reference=stream,
+        critic=critic,
+        labels=job.labels,
+        total=job.loop.total_nimg,
+    )
+    return trainer, stream
 
 
 def _image(net: Any) -> tuple[int, int]:

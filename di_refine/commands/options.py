@@ -79,6 +79,7 @@ def resolve(
     recommended: Mapping[str, Any] | None = None,
     recorded: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _: {},
     speed: Callable[[Mapping[str, Any]], float] | None = None,
+    recommended_by: str = "registry",
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The values of a command's options, and where those come from that are neither given nor plain defaults.
 
@@ -90,8 +91,9 @@ def resolve(
         values: as the command received them.
         command: what is made, a key of `presets.TABLE`.
         facts: of the run.
-        recommended: by the registry for the network. Names that are no options of the command are passed over.
+        recommended: for the network, by the registry. Names that are no options of the command are passed over.
         recorded: gives the options that the run has recorded that would go on with these values; {} for a new one.
+        recommended_by: what a value that is recommended is said to be from.
         speed: measures the images a second of a run with these values, for `minutes`.
 
     Returns:
@@ -115,7 +117,7 @@ def resolve(
         result, sources = dict(values), {}
         preset = presets.values_of(command, values["preset"], dataclasses.replace(facts, kimg=kimg), objective)
         length = {"kimg": kimg} if minutes and kimg else {}
-        for source, layer in ((kind, preset), ("registry", recommended), (presets.AUTO, kept), ("minutes", length)):
+        for source, layer in ((kind, preset), (recommended_by, recommended), (presets.AUTO, kept), ("minutes", length)):
             for name, value in layer.items():
                 if name in result and not is_given(name):
                     result[name], sources[name] = value, source

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ class Overview:
         device: where they are.
         precision: of their arithmetic.
         dataset: the images that are read, if any are.
+        notes: further sentences, after the networks.
     """
 
     networks: Mapping[str, torch.nn.Module]
@@ -38,6 +39,7 @@ class Overview:
     device: torch.device
     precision: str = "fp32"
     dataset: ImageDataset | None = None
+    notes: Sequence[str] = ()
 
     def lines(self, loop: LoopConfig, warmup: int, evaluator: Evaluator | None) -> list[str]:
         """Sentences to print.
@@ -49,6 +51,7 @@ class Overview:
         """
         found = [] if self.dataset is None else [of_data(self.dataset)]
         found += [f"{name}: {of_network(net)}" for name, net in self.networks.items()]
+        found += self.notes
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         found.append(f"device: {self.device}{threads}, {self.precision}")
         return [*found, self._plan(loop, warmup, evaluator)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from di_refine import terminal
 from di_refine.commands import cli
@@ -30,9 +31,11 @@ if TYPE_CHECKING:
 
     from di_refine.commands.overview import Overview
     from di_refine.files.datasets import ImageDataset, Stream
+    from di_refine.files.networks import NetworkFile
     from di_refine.generators import NetworkSampler
     from di_refine.labels import LabelLaw
     from di_refine.metrics.evaluate import Evaluator
+    from di_refine.pretraining.warm_start import Copied
     from di_refine.runs.loop import Trainable
     from stylegan2_ada.adversarial import AdversarialTrainer
 
@@ -117,15 +120,6 @@ class Material:
             "images": len(self.dataset),
         }
 
-    def print_record(self) -> int:
-        """Print the record, readably and as the JSON result."""
-        from torch_utils import distributed
-
-        if distributed.is_first():
-            terminal.show(json.dumps(self.record(), indent=2), err=True)
-            terminal.print_result(self.record())
-        return 0
-
 
 def open_data(values: dict[str, Any]) -> tuple[ImageDataset, bool]:
     """The images, and whether the network is to be class-conditional.
@@ -185,11 +179,46 @@ def fit(
         return images_per_second(build(dict(chosen), load(kind, parts, dict(chosen), {}, device, dataset, conditional)))
 
     facts = Facts(resolution=dataset.resolution, device=device.type, images=len(dataset))
-    values, sources = resolve(context, values, kind, facts, recorded=recorded, speed=speed)
+    theirs = architecture(context, values, kind, dataset.resolution)
+    values, sources = resolve(context, values, kind, facts, theirs, recorded, speed, "start_from")
     material = load(kind, parts, values, sources, device, dataset, conditional)
     trainer = build(values, material)
     warn(context, values)
     return trainer, material
+
+
+def open_start(values: Mapping[str, Any], kind: str) -> NetworkFile | None:
+    """The file that `start_from` names, if it names one.
+
+    Raises:
+        InputError: it holds no network of the kind that is trained.
+    """
+    from di_refine.files import networks, registry
+
+    if values["start_from"] is None:
+        return None
+    path = registry.resolve(values["start_from"], "start_from")
+    return networks.load(path, "start_from").require(
+        networks.EDM if kind == "edm" else networks.STYLEGAN2, "start_from"
+    )
+
+
+def architecture(context: click.Context, values: Mapping[str, Any], kind: str, resolution: int) -> dict[str, Any]:
+    """The settings of the architecture that `start_from` brings; {} without it.
+
+    Raises:
+        InputError: one of them is given as well.
+    """
+    from di_refine.pretraining.warm_start import settings_of
+
+    start = open_start(values, kind)
+    if start is None:
+        return {}
+    found = settings_of(start, resolution)
+    given = [name for name in found if context.get_parameter_source(name) != ParameterSource.DEFAULT]
+    if given:
+        raise InputError(f"`{given[0]}` comes from start_from={start.path}; leave it out")
+    return found
 
 
 def load(
@@ -256,6 +285,7 @@ def train(
     networks: Callable[[], dict[str, Any]],
     status: dict[str, str],
     overview: Overview,
+    copied: Sequence[Copied],
     dry_run: bool,
 ) -> int:
     """Train, print the JSON result, and return the exit status.
@@ -268,6 +298,7 @@ def train(
         networks: returns what a snapshot's file holds.
         status: name in the trainer's statistics -> short name, for the status lines.
         overview: what is said before the training begins.
+        copied: what was taken from the file that the networks start from; nothing for untrained networks.
         dry_run: check everything and print the record instead.
     """
     from di_refine.commands import report
@@ -280,13 +311,15 @@ def train(
     final = material.final_evaluator
     evaluators = [evaluator for evaluator in (material.evaluator, final) if evaluator is not None]
 
+    facts = {"copied": {item.name: item.copied for item in copied}, "new": {item.name: item.new for item in copied}}
+    record = {**material.record(), **facts} if copied else material.record()
     session = Session(
         trainer=trainer,
         loop=material.loop,
         run=material.run,
         settings=tuple(type(part) for part in material.settings),
         description=description(material.kind, material.run, dataset, material.labels.label_dim > 0),
-        record=material.record(),
+        record=record,
         networks=networks,
         sampler=lambda: sampler(net),
         picture=lambda path: report.save_class_grid(path, sampler(net)),
@@ -296,11 +329,14 @@ def train(
         seed=seed,
         overview=overview,
         stream=material.stream,
-        untrained=True,
+        untrained=not copied,
     )
     if dry_run:
         session.check()
-        return material.print_record()
+        if distributed.is_first():
+            terminal.show(json.dumps(record, indent=2), err=True)
+            terminal.print_result(record)
+        return 0
     directory, state = session.open()
     loop = session.train(directory, state)
     last = loop.last or Snapshot(0, None)  # a signal may come before there is any
@@ -347,12 +383,19 @@ def teacher(context, dry_run, device, **values):
 
     from di_refine.commands.overview import Overview
     from di_refine.generators import DiffusionSampler
+    from di_refine.pretraining import warm_start
     from di_refine.pretraining.teacher import TeacherTrainer, build
     from torch_utils import distributed
 
+    copied: list[Copied] = []
+
     def trainer_of(values: dict[str, Any], material: Material) -> TeacherTrainer:
-        config = make(TeacherConfig, values)
-        net = build(make(UNetConfig, values), **material.shape, augment=config.augment > 0, seed=config.seed)
+        config, start = make(TeacherConfig, values), open_start(values, "edm")
+        augment, seed = config.augment > 0, config.seed
+        if start is None:
+            net = build(make(UNetConfig, values), **material.shape, augment=augment, seed=seed)
+        else:
+            net, copied[:] = warm_start.teacher(start, **material.shape, augment=augment, seed=seed)
         net = net.to(material.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return TeacherTrainer(net, material.stream, config, material.loop.total_nimg)
 
@@ -372,8 +415,14 @@ def teacher(context, dry_run, device, **values):
             },
             status={"loss": "loss", "grad_norm": "|g|"},
             overview=Overview(
-                {"network": trainer.net}, trainer.config.batch, place, trainer.config.precision, material.dataset
+                {"network": trainer.net},
+                trainer.config.batch,
+                place,
+                trainer.config.precision,
+                material.dataset,
+                [item.sentence for item in copied],
             ),
+            copied=copied,
             dry_run=dry_run,
         )
 
@@ -398,9 +447,14 @@ def gan(context, dry_run, device, **values):
     from di_refine.pretraining import gan as adversarial
     from torch_utils import distributed
 
+    copied: list[Copied] = []
+
     def trainer_of(values: dict[str, Any], material: Material) -> AdversarialTrainer:
-        config, sizes = make(AdversarialConfig, values), make(GanConfig, values)
-        return adversarial.build(sizes, config, **material.shape, data=material.stream, device=material.device)
+        config, sizes, start = make(AdversarialConfig, values), make(GanConfig, values), open_start(values, "stylegan2")
+        made, copied[:] = adversarial.build(
+            sizes, config, **material.shape, data=material.stream, device=material.device, start=start
+        )
+        return made
 
     with distributed.process_group(cli.pick_device(device)) as place:
         trainer, material = fit(context, "stylegan2", GAN, values, place, trainer_of)
@@ -425,7 +479,9 @@ def gan(context, dry_run, device, **values):
                 place,
                 "fp16 at high resolutions" if fp16 and place.type == "cuda" else "fp32",
                 material.dataset,
+                [item.sentence for item in copied],
             ),
+            copied=copied,
             dry_run=dry_run,
         )
 

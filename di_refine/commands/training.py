@@ -13,7 +13,9 @@ from di_refine.files.datasets import Stream
 from di_refine.generators import NetworkSampler
 from di_refine.metrics.config import MeasureConfig
 from di_refine.metrics.evaluate import Evaluator
+from di_refine.metrics.kinds import TEACHER, parse_metrics
 from di_refine.metrics.results import values
+from di_refine.metrics.teacher_net import IMAGES, TeacherReference
 from di_refine.runs import checkpoint, stopping
 from di_refine.runs.config import LoopConfig, RunConfig
 from di_refine.runs.directory import RunDirectory, check_run, open_run
@@ -23,7 +25,10 @@ from torch_utils.settings import Settings, declared, may_change
 
 T = TypeVar("T")
 
-FACTS = frozenset(["network_file", "teacher_files", "data_file", "labels_from", "sources", "torch", "device"])
+
+FACTS = frozenset(
+    ["network_file", "teacher_files", "data_file", "labels_from", "sources", "torch", "device", "copied", "new"]
+)
 """What `training_options.json` records besides settings, and what may be otherwise when a run is continued."""
 
 
@@ -59,7 +64,13 @@ def unless_interrupted(loop: Loop, directory: RunDirectory, work: Callable[[], T
 
 
 def make_evaluator(
-    names: str | None, recommended: list[str], reference: Any, config: MeasureConfig, device: Any, workers: int = 2
+    names: str | None,
+    recommended: list[str],
+    reference: Any,
+    config: MeasureConfig,
+    device: Any,
+    workers: int = 2,
+    teacher: Callable[[int], TeacherReference] | None = None,
 ) -> Evaluator | None:
     """The metrics that a setting names, with all that they need; None for none.
 
@@ -70,6 +81,7 @@ def make_evaluator(
         config: its `detector` and `allow_code` count.
         device: where feature networks run.
         workers: threads that decode a data set.
+        teacher: makes the reference of so many samples for metrics of the name `@teacher`; None refuses such names.
 
     Raises:
         InputError: as `Evaluator`.
@@ -78,8 +90,16 @@ def make_evaluator(
     if not wanted:
         return None
     several = distributed.world_size() > 1
+    counts = [spec.num_images for spec in parse_metrics(wanted) if spec.detector == TEACHER]
     return Evaluator(
-        wanted, reference, config.detector, device, workers=workers, distributed=several, allow_code=config.allow_code
+        wanted,
+        reference,
+        config.detector,
+        device,
+        workers=workers,
+        distributed=several,
+        allow_code=config.allow_code,
+        teacher=teacher(max(counts) or IMAGES) if teacher is not None and counts else None,
     )
 
 

@@ -25,6 +25,9 @@ from di_refine.labels import LabelLaw
 from torch_utils import safe_files
 from torch_utils.misc import derive_seed, open_atomic
 
+SAMPLES, REFERENCES = "teacher-samples", "teacher-references"
+"""Folders in the cache: of what users asked for, and of what metrics compare with."""
+
 LAYOUT = 1  # to be raised when samples come to be drawn in another way
 
 
@@ -77,10 +80,15 @@ def sample_settings(
     }
 
 
-def cached_path(teacher_path: str | os.PathLike, settings: dict[str, Any]) -> Path:
+def settings_hash(settings: dict[str, Any]) -> str:
+    """Return the SHA-256 of settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def cached_path(teacher_path: str | os.PathLike, settings: dict[str, Any], folder: str = SAMPLES) -> Path:
     """Return where samples are kept: the teacher's name, a hash of its file, and one of the settings."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return _folder() / f"{Path(teacher_path).stem}-{settings['teacher_sha256'][:12]}-{digest[:8]}.zip"
+    name = f"{Path(teacher_path).stem}-{settings['teacher_sha256'][:12]}-{settings_hash(settings)[:8]}.zip"
+    return registry.cache_folder() / folder / name
 
 
 def cached_samples(teacher_path: str | os.PathLike, config: networks.Config | None = None) -> Path | None:
@@ -90,7 +98,7 @@ def cached_samples(teacher_path: str | os.PathLike, config: networks.Config | No
         teacher_path: the teacher's file. Its content counts, not its name.
         config: what was given besides the teacher's file.
     """
-    found = _folder().glob(f"*-{networks.digest(teacher_path, config)[:12]}-*.zip")
+    found = (registry.cache_folder() / SAMPLES).glob(f"*-{networks.digest(teacher_path, config)[:12]}-*.zip")
     return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name), default=None)
 
 
@@ -158,7 +166,3 @@ def _encode(numbered: tuple[int, np.ndarray]) -> Picture:
     index, pixels = numbered
     image = Image.fromarray(pixels[0] if len(pixels) == 1 else np.ascontiguousarray(pixels.transpose(1, 2, 0)))
     return Picture.encode(image, f"number {index}")
-
-
-def _folder() -> Path:
-    return registry.cache_folder() / "teacher-samples"

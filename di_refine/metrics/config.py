@@ -17,7 +17,7 @@ class MeasureConfig(Settings):
         None,
         "Measure these metrics at each snapshot, such as fd2k_full@digits; none measures nothing.",
         group=MEASURING,
-        default_text="what the registry recommends, else none",
+        default_text="what the registry recommends, else by the teacher, where there is one",
         metavar="LIST|none",
         may_change=True,
     )

@@ -18,7 +18,7 @@ from di_refine.metrics.collect import Collected, Collector
 from di_refine.metrics.detectors import load_detector
 from di_refine.metrics.distances import SUBSET
 from di_refine.metrics.feature_net import FeatureNet, Identity
-from di_refine.metrics.kinds import ALL_IMAGES, MetricSpec, Needs, parse_metrics
+from di_refine.metrics.kinds import ALL_IMAGES, TEACHER, MetricSpec, Needs, parse_metrics
 from di_refine.metrics.parallel import Ranks
 from di_refine.metrics.path_length import Perceptual, has_paths, path_lengths
 from di_refine.metrics.references import (
@@ -33,6 +33,7 @@ from di_refine.metrics.references import (
 )
 from di_refine.metrics.results import MetricResult
 from di_refine.metrics.statistics import FeatureStatistics
+from di_refine.metrics.teacher_net import TeacherReference
 
 INCEPTION_WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
 PATH_BATCH = 32  # paths per pass; fixed, as the noise inputs of a pass depend on it
@@ -55,6 +56,7 @@ class Evaluator:
         workers: threads that decode a data set.
         distributed: share all work among the processes of `torch.distributed`, which all must make and call the same
             evaluator; each gets all results.
+        teacher: for metrics of the name `@teacher`.
         allow_code: let `detector` and `perceptual` be programs, see `detectors.load_detector`.
 
     Attributes:
@@ -79,12 +81,14 @@ class Evaluator:
         workers: int = 2,
         distributed: bool = False,
         allow_code: bool = False,
+        teacher: TeacherReference | None = None,
     ):
         self.specs = parse_metrics(metrics)
         self.device, self.batch = torch.device(device), batch
         self.cache, self.workers, self.distributed = cache, workers, distributed
         self._allow_code = allow_code
         self.perceptual = self._load_perceptual(perceptual)
+        self._teacher = teacher
         self.detectors = self._load_detectors(detector)
         given = [] if reference is None else [reference] if isinstance(reference, ReferenceSource) else reference
         found = [open_reference(source) for source in given]
@@ -100,10 +104,11 @@ class Evaluator:
 
         Those of data sets are made when they are first asked for, which is after everything has been checked.
         """
-        return {
-            name: self._statistics_of(source, self.detectors[name]) if isinstance(source, ImageDataset) else source
-            for name, source in self._sources.items()
-        }
+        found = {}
+        for name, source in self._sources.items():
+            data = source.draw() if isinstance(source, TeacherReference) else source
+            found[name] = self._statistics_of(data, self.detectors[name]) if isinstance(data, ImageDataset) else data
+        return found
 
     def identity(self) -> dict[str, Any]:
         """What the values depend on besides the sampler: metrics, feature networks and references, by their content."""
@@ -318,6 +323,10 @@ class Evaluator:
         detectors = {}
         for spec in self._of_images:
             name = spec.detector
+            if name == TEACHER and self._teacher is None:
+                raise InputError(f"`metrics`: {spec.name} goes by a teacher's features; give `teacher`")
+            if name == TEACHER and self._teacher is not None and name not in known:
+                known[name] = self._teacher.detector()
             if name not in known:
                 setting = "detector" if name is None else "metrics"
                 known[name] = load_detector(name or INCEPTION_WEIGHTS, self.device, setting, self._allow_code)
@@ -332,8 +341,12 @@ class Evaluator:
                 raise InputError(f"`metrics`: {spec.name} needs class probabilities, which its detector does not give")
         return detectors
 
-    def _find_reference(self, net: FeatureNet, specs: list[MetricSpec], given: Sequence[Reference]) -> Reference:
+    def _find_reference(
+        self, net: FeatureNet, specs: list[MetricSpec], given: Sequence[FeatureStatistics | ImageDataset]
+    ) -> Reference:
         names = ", ".join(spec.name for spec in specs if spec.needs & Needs.REFERENCE)
+        if net.identity.name == TEACHER and self._teacher is not None:
+            return self._teacher
         if not given:
             known = registered_statistics(net)
             if known is None:

@@ -211,6 +211,10 @@ KINDS = {
 # Names
 
 
+ALL_IMAGES = "_all"
+TEACHER = "teacher"  # the feature network that is the teacher's own encoder, see `metrics.teacher_net`
+
+
 def _forms() -> str:
     """Return the forms of all names, in words."""
     of_images = [kind for kind in KINDS.values() if not kind.needs & Needs.PATHS]
@@ -220,7 +224,8 @@ def _forms() -> str:
     paths = _listed([name for name in of_paths if name is not None])
     return (
         f"{inception} with the 2015 Inception; {others} with any other; {paths} with a perceptual network; <N> without "
-        f"k counts single images, as in fd437_full@net, and {ALL_IMAGES} in its place takes all, as in fd_all@net"
+        f"k counts single images, as in fd437_full@net, and {ALL_IMAGES} in its place takes all, as in fd_all@net; "
+        f"fd<N>k@{TEACHER} goes by the teacher's own features and samples"
     )
 
 
@@ -228,7 +233,6 @@ def _listed(names: list[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-ALL_IMAGES = "_all"
 FORMS = _forms()
 
 
@@ -281,7 +285,8 @@ def parse_metric(name: str) -> MetricSpec:
             counted = re.sub(f"^{known.alias}(@|$)", rf"{known.name}50k{known.tail}\1", counted)
     match = re.fullmatch(r"([a-z]+?)(?:(_all)|([0-9]{1,9})(k?)([a-z0-9_]*))(?:@([A-Za-z0-9._-]+))?", counted)
     kind = KINDS.get(match[1]) if match else None
-    if match is None or kind is None or not match[2] and match[5] != (kind.tail if match[4] else kind.counted_tail):
+    tails = () if match is None or kind is None else _tails(kind, bool(match[4]), match[6])
+    if match is None or kind is None or (not match[2] and match[5] not in tails):
         raise InputError(f"`metrics`: unknown metric {name!r}; known are {FORMS}")
     num_images, detector = 0 if match[2] else int(match[3]) * (1000 if match[4] else 1), match[6]
     if match[2] and kind.needs & Needs.PATHS:
@@ -296,6 +301,14 @@ def parse_metric(name: str) -> MetricSpec:
             f"{kind.elsewhere}{name.removeprefix(kind.name)}"
         )
     return MetricSpec(name, kind, num_images, detector)
+
+
+def _tails(kind: Kind, thousands: bool, detector: str | None) -> tuple[str, ...]:
+    """What may follow the number of images. `_full`, all images of the reference, says nothing of a teacher's samples,
+    of which there are as many as of the generator's.
+    """
+    tail = kind.tail if thousands else kind.counted_tail
+    return (tail, tail.removesuffix("_full")) if detector == TEACHER else (tail,)
 
 
 def parse_metrics(names: str | Iterable[str]) -> list[MetricSpec]:

@@ -23,6 +23,7 @@ from di_refine.metrics.feature_net import FeatureNet, Identity
 from di_refine.metrics.parallel import Ranks
 from di_refine.metrics.sources import ImageSampler
 from di_refine.metrics.statistics import FeatureMoments, FeatureStatistics
+from di_refine.metrics.teacher_net import TeacherReference
 
 SMALL_FEATURES = 16 << 20  # bytes up to which reference features are kept without being asked for
 LAYOUT = 1  # to be raised when statistics come to be computed in another way
@@ -30,8 +31,8 @@ LAYOUT = 1  # to be raised when statistics come to be computed in another way
 ReferenceSource = str | os.PathLike | ImageDataset
 """What a user may give as a reference: the path or registry name of statistics or a data set, or an open data set."""
 
-Reference = FeatureStatistics | ImageDataset
-"""A reference that was found: statistics, or the data set that they will be made of."""
+Reference = FeatureStatistics | ImageDataset | TeacherReference
+"""A reference that was found: statistics, or the data set that they will be made of, or what draws that."""
 
 
 def reference_statistics(
@@ -103,7 +104,7 @@ def check_dataset(dataset: ImageDataset, net: FeatureNet) -> None:
         raise InputError(f"{dataset.path}: a reference needs at least 2 images, it has {len(dataset)}")
 
 
-def open_reference(source: ReferenceSource) -> Reference:
+def open_reference(source: ReferenceSource) -> FeatureStatistics | ImageDataset:
     """Load a file of statistics, or open a data set, from a path or a name in the registry.
 
     Raises:
@@ -120,6 +121,8 @@ def known_about(reference: Reference) -> dict[str, int]:
 
     Official files of statistics say none of these.
     """
+    if isinstance(reference, TeacherReference):
+        return {"count": reference.num_images}
     if isinstance(reference, ImageDataset):
         shape = {"resolution": reference.resolution, "num_channels": reference.num_channels}
         return {"count": len(reference), **shape}

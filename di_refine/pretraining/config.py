@@ -105,6 +105,13 @@ class GanConfig(Settings):
     mbstd_group: int = setting(
         32, "Take the minibatch standard deviation over groups of this many images.", minimum=1, group=NETWORK
     )
+    freeze_d: int = setting(
+        0,
+        "Keep this many layers of the discriminator as `start_from` has them, from the highest resolution on "
+        "(Freeze-D, arXiv 2002.10964).",
+        minimum=0,
+        group=LEARNING,
+    )
     fp16_res: int = setting(
         0, "Compute this many of the highest resolutions in float16, on CUDA.", minimum=0, group=MACHINE
     )

@@ -5,7 +5,10 @@ from typing import Any
 import torch
 
 from di_refine.errors import InputError
+from di_refine.files.networks import NetworkFile
+from di_refine.pretraining import warm_start
 from di_refine.pretraining.config import GanConfig
+from di_refine.pretraining.warm_start import Copied
 from stylegan2_ada.adversarial import AdaController, AdversarialTrainer, Data
 from stylegan2_ada.augment import PRESETS, AugmentPipe, filter_bank
 from stylegan2_ada.config import AdversarialConfig
@@ -47,8 +50,9 @@ def build(
     label_dim: int,
     data: Data,
     device: torch.device,
-) -> AdversarialTrainer:
-    """A trainer of untrained networks.
+    start: NetworkFile | None = None,
+) -> tuple[AdversarialTrainer, list[Copied]]:
+    """A trainer of untrained networks, or of those in a file.
 
     Args:
         sizes: of the networks.
@@ -56,6 +60,10 @@ def build(
         resolution, channels, label_dim: of the images.
         data: the images.
         device: where to train.
+        start: a file with a StyleGAN2 generator, whose architecture goes before `sizes`.
+
+    Returns:
+        The trainer, and what was copied from the file.
 
     Raises:
         InputError: as `check`.
@@ -69,24 +77,37 @@ def build(
         "num_fp16_res": sizes.fp16_res,
         "conv_clamp": 256 if sizes.fp16_res else None,
     }
-    G = Generator(
-        z_dim=sizes.z_dim,
-        c_dim=label_dim,
-        w_dim=sizes.z_dim,
-        **image,
-        mapping_kwargs={"num_layers": sizes.mapping_layers},
-        synthesis_kwargs={**shared, "architecture": sizes.g_arch},
-    )
-    D = Discriminator(
-        c_dim=label_dim,
-        **image,
-        architecture=sizes.d_arch,
-        **shared,
-        epilogue_kwargs={"mbstd_group_size": sizes.mbstd_group},
-    )
+    G_ema: Generator | None = None
+    copied: list[Copied] = []
+    if start is not None:
+        G, D, G_ema, copied = warm_start.gan(start, resolution, channels, label_dim, sizes.freeze_d, config.seed)
+    else:
+        D = None
+        G = Generator(
+            z_dim=sizes.z_dim,
+            c_dim=label_dim,
+            w_dim=sizes.z_dim,
+            **image,
+            mapping_kwargs={"num_layers": sizes.mapping_layers},
+            synthesis_kwargs={**shared, "architecture": sizes.g_arch},
+        )
+    if D is None and sizes.freeze_d:
+        raise InputError(
+            f"freeze_d={sizes.freeze_d} keeps layers of a trained discriminator, and there is none; "
+            + ("give `start_from`" if start is None else f"{start.path} holds a generator alone")
+        )
+    if D is None:
+        D = Discriminator(
+            c_dim=label_dim,
+            **image,
+            architecture=sizes.d_arch,
+            **shared,
+            epilogue_kwargs={"mbstd_group_size": sizes.mbstd_group},
+        )
     pipe = ada = None
     if sizes.augment != "none":
         families: dict[str, Any] = {**PRESETS[sizes.augment]}
         pipe = AugmentPipe(**families).to(device)
         ada = AdaController(target=sizes.target, kimg=sizes.ada_kimg)
-    return AdversarialTrainer(G.to(device), D.to(device), pipe, ada, config, data=data)
+    average = None if G_ema is None else G_ema.to(device)
+    return AdversarialTrainer(G.to(device), D.to(device), pipe, ada, config, G_ema=average, data=data), copied

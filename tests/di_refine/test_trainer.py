@@ -51,7 +51,7 @@ def make_trainer(label_dim: int = 0, student=None, seed: int = 0, **settings) ->
         with torch.no_grad():
             for p in teacher.parameters():
                 p += 0.1 * torch.randn_like(p)
-    laws = {name: settings.pop(name) for name in ("sigma", "score_sigma", "labels") if name in settings}
+    laws = {name: settings.pop(name) for name in ("sigma", "score_sigma", "labels", "total") if name in settings}
     config = {**SETTINGS, "seed": seed, **settings}
     return Trainer(generator, teacher, TrainerConfig(**config), student, **laws)
 
@@ -739,3 +739,15 @@ def test_a_class_that_is_never_drawn_spoils_no_ratio():
     torch.testing.assert_close(trainer._log_prior, torch.tensor([math.log(2), 0.0, 0.0]))
     assert trainer.step()["ratio_loss"].isfinite()
     trainer.check_finite()
+
+
+def test_the_generators_rate_falls_to_the_end_and_the_students_stays():
+    trainer = make_trainer(batch=4, lr=1e-2, score_lr=2e-3, score_warmup=0.004, lr_rampdown=0.008, total=20)
+    rates = []
+    for _ in range(5):
+        trainer.step()
+        rates.append(trainer.optimizers["generator"].param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-2, 1e-2, 1e-2, 1e-2, 5e-3])
+    assert trainer.optimizers["student"].param_groups[0]["lr"] == 2e-3
+    with pytest.raises(ValueError, match="lr_rampdown.*total"):
+        make_trainer(lr_rampdown=1.0)

@@ -32,6 +32,7 @@ def options(outdir, **changes):
         "score-lr": 1e-3,
         "tick": 0.008,
         "snap": 1,
+        "metrics": "none",
     }
     values.update({name.replace("_", "-"): value for name, value in changes.items()})
     return [f"--{name}={value}" for name, value in values.items() if value is not None]

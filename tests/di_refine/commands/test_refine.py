@@ -52,6 +52,7 @@ def options(outdir, **changes):
         "score-lr": 1e-3,
         "tick": 0.008,
         "snap": 1,
+        "metrics": "none",
     }
     values.update({name.replace("_", "-"): value for name, value in changes.items()})
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
@@ -298,7 +299,7 @@ def broken(tmp_path, kind):
         ({"network": "text"}, ["--network", "broken.pkl"]),
         ({"network": "truncated"}, ["--network", "broken.pkl"]),
         ({"network": "forbidden"}, ["--network", "broken.pkl", "os.system"]),
-        ({"network": T_COND}, ["--network", "EDM diffusion model"]),
+        ({"network": T_COND}, ["--network", "a diffusion model"]),
         ({"teacher": G_COND}, ["--teacher", "StyleGAN2 generator"]),
         ({"teacher": None}, ["--teacher is needed"]),
         ({"teacher": GOLDEN / "edm/vp.pkl"}, ["classes", "10", "no"]),

@@ -1,0 +1,65 @@
+"""The commands of docs/own-pictures.md work, one after the other, here at tiny size."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+TINY = {
+    "pretrain.py gan": ["--z-dim=8", "--channel-base=64", "--channel-max=8", "--batch=8"],
+    "pretrain.py teacher": ["--width=8", "--batch=8", "--num-blocks=1"],
+    "pretrain.py features": ["--epochs=1", "--width=4", "--feature-dim=4"],
+    "refine.py": ["--batch=8", "--metrics=fd48@teacher", "--final-seeds=2"],
+}
+
+
+def commands(document):
+    """The command lines in a document, in order."""
+    text = (DOCS / document).read_text(encoding="utf-8")
+    return [line.strip() for line in text.splitlines() if re.match(r" {4}python \S+\.py ", line)]
+
+
+def run(line):
+    """Run a command line here, at tiny size; returns its JSON result."""
+    script, *words = shlex.split(line)[1:]
+    if script == "pretrain.py":
+        script, words = f"{script} {words[0]}", words[1:]
+    words = [re.sub(r"^--minutes=.*", "--kimg=0.064", word) for word in words]
+    words = [word for word in words if not word.startswith(("--seeds=3",))]
+    words = [word.replace("fd2k_full", "fd48_full") for word in words]
+    module, *group = script.replace(".py", "").split()
+    done = CliRunner().invoke(
+        importlib.import_module(f"di_refine.commands.{module}").main, [*group, *words, *TINY.get(script, [])]
+    )
+    assert done.exit_code == 0, f"{line}\n{done.output}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """A working folder with pictures of two classes."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(24):
+        folder = tmp_path / "pictures" / ("dark" if i % 2 else "bright")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 128, [20, 24, 3]) + 127 * (1 - i % 2)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return tmp_path
+
+
+def test_own_pictures(pictures):
+    results = [run(line) for line in commands("own-pictures.md")]
+    assert len(results) == 7
+    assert [Path(results[i]["run_dir"]).name for i in (1, 2, 3)] == ["00000-gan", "00001-teacher", "00002-refined"]
+    assert results[3]["metric"] == "fd48@teacher" and len(results[3]["verdict"]) >= 1
+    assert (pictures / "runs" / "00000-gan" / "reals.png").is_file()
+    assert len(list((pictures / "out").glob("seed*.png"))) == 64
+    assert [len(item["values"]["fd48_full@mine"]) for item in results[-1]["results"]] == [1, 1]
