@@ -14,7 +14,7 @@ from di_refine.commands import cli
 from di_refine.commands.config import LabelsConfig
 from di_refine.commands.options import make, options
 from di_refine.errors import InputError
-from di_refine.files import registry
+from di_refine.files import hub, registry
 from di_refine.files.run_files import RunFiles
 from di_refine.metrics.config import ALLOW_CODE_HELP
 from di_refine.metrics.kinds import FORMS, KINDS, TEACHER, MetricSpec, Needs, parse_metrics
@@ -309,7 +309,7 @@ def _measure(sources: Sequence[Source], config: CalcConfig, device: str) -> dict
     for source, sampler in zip(sources, samplers):
         repeats = range(config.seed, config.seed + (config.seeds if source.is_network else 1))
         results = _measure_one(evaluator, sampler, source.path.name, repeats, shown)
-        if shown and config.jsonl and source.is_network:
+        if shown and config.jsonl and source.is_network and not source.name.startswith(hub.PREFIX):
             _record(source.path, results)
         steps = sampler.num_steps if isinstance(sampler, DiffusionSampler) else None
         of_source = [compare.summarise(source.name, list(of_metric)) for of_metric in zip(*results)]

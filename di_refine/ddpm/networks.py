@@ -380,7 +380,8 @@ class _Precond(torch.nn.Module):
         if table is None:
             raise ValueError(f"parameterisation '{self.parameterisation}' has no steps")
         x = sigma.log().clamp(table[0], table[-1])
-        low = (torch.searchsorted(table, x.flatten(), right=True) - 1).clamp(0, len(table) - 2).reshape(x.shape)
+        # By comparison, as ONNX has no search in a sorted table.
+        low = ((x.reshape(-1, 1) >= table).sum(dim=1) - 1).clamp(0, len(table) - 2).reshape(x.shape)
         time = low + (x - table[low]) / (table[low + 1] - table[low])
         whole = time.round()
         # The levels of the table themselves belong to whole steps, which rounding of ln(sigma) would miss by a bit.

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
+from di_refine import terminal
 from di_refine.errors import InputError
 from di_refine.files import download
-from torch_utils.persistence.machine import printable
 
 PREFIX = "hf:"
 INSTALL = "pip install 'di-refine[diffusers]'"
@@ -60,5 +60,5 @@ def fetch(source: str, setting: str, offline: bool = False) -> Path:
     except errors.RevisionNotFoundError:
         why = f"has no revision {revision}"
     except Exception as error:  # whatever a connection can come to; the library has no common class for it
-        why = f"cannot be downloaded ({type(error).__name__}: {printable(error)})".splitlines()[0]
+        why = f"cannot be downloaded ({type(error).__name__}: {terminal.clean(error)})".splitlines()[0]
     raise InputError(f"{setting}={source} {why}")

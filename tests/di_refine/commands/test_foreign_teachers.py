@@ -12,7 +12,7 @@ from golden_io import GOLDEN
 
 from di_refine.commands import calc_metrics, convert, distill, generate, inspect, refine, sample_teacher
 from di_refine.denoisers import load_denoiser
-from di_refine.files import diffusers_folder, networks
+from di_refine.files import diffusers_folder, networks, onnx_export
 from di_refine.metrics.small import SmallConvNet, save_small
 from torch_utils import persistence
 
@@ -160,3 +160,18 @@ def test_only_what_came_from_a_kind_is_written_as_it(tmp_path):
     result = invoke(convert, f"--source={GOLDEN / 'edm/vp.pkl'}", f"--dest={tmp_path / 'full'}", "--overwrite")
     assert result.exit_code == 2 and "exists already, and is no diffusers folder" in result.stderr
     assert diffusers_folder.is_folder(FOLDER) and not diffusers_folder.is_folder(tmp_path)
+
+
+def test_a_generator_of_one_step_as_onnx(teacher, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    if torch.__version__ < onnx_export.OLDEST_TORCH:
+        pytest.skip("the exporter of this PyTorch is too old")
+    source = [option.replace("--teacher", "--source") for option in teacher]
+    good(convert, *source, f"--dest={tmp_path / 'a.onnx'}", "--init-sigma=2.5")
+    net = load_denoiser(*((FOLDER, None) if len(teacher) == 1 else (ADM, FLAGS)))
+    z, c = torch.randn(3, 3, 8, 8), torch.eye(10)[:3]
+    (images,) = runtime.InferenceSession(tmp_path / "a.onnx").run(None, {"z": z.numpy(), "c": c.numpy()})
+    with torch.no_grad():
+        expected = net(2.5 * z, torch.tensor(2.5), c)
+    torch.testing.assert_close(torch.from_numpy(images), expected, rtol=1e-4, atol=1e-4)
