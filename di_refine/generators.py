@@ -3,7 +3,7 @@
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -181,6 +181,22 @@ def latents(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(np.stack(draws)).float()
 
 
+def edm_latents(
+    seeds: list[int], shape: tuple[int, ...], label_dim: int, device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents `[n, *shape]` and one-hot labels `[n, label_dim]` as EDM's tools draw them from seeds.
+
+    Each image has a generator of its own on the device, which gives the latent first and then the class; the numbers of
+    another kind of device are others.
+    """
+    rngs = [torch.Generator(device).manual_seed(seed % 2**32) for seed in seeds]
+    z = torch.stack([torch.randn(shape, generator=rng, device=device) for rng in rngs])
+    if not label_dim:
+        return z, torch.zeros(len(seeds), 0)
+    classes = [int(torch.randint(label_dim, size=[], generator=rng, device=device)) for rng in rngs]
+    return z, torch.eye(label_dim)[classes]
+
+
 class NetworkSampler(ABC):
     """A `Sampler` that draws latents and labels and lets a network make images of them.
 
@@ -228,15 +244,22 @@ class NetworkSampler(ABC):
         return self.law.of_seeds(seeds)
 
     @torch.inference_mode()
-    def images(self, seeds: list[int], labels: torch.Tensor | None = None, noise_seed: int = 0) -> torch.Tensor:
+    def images(
+        self,
+        seeds: list[int],
+        labels: torch.Tensor | None = None,
+        noise_seed: int = 0,
+        z: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Float images `[n, C, R, R]` for latent seeds.
 
         Args:
             seeds: one for each image.
             labels: `[n, label_dim]`; None draws one per seed.
             noise_seed: seeds what the network draws by itself, such as noise inputs.
+            z: latents `[n, *latent_shape]`; None draws them from the seeds.
         """
-        z = latents(seeds, self.latent_shape).to(self.device)
+        z = (latents(seeds, self.latent_shape) if z is None else z).to(self.device)
         c = (self.labels(seeds) if labels is None else labels).to(self.device)
         training = self.net.training
         self.net.eval()
@@ -292,14 +315,22 @@ class DiffusionSampler(NetworkSampler):
         net: a module that is a `Denoiser`.
         device: where to run.
         num_steps: steps of the sampler.
+        solver: its other settings, arguments of `edm.sampler.sample`.
         settings: the further arguments of `NetworkSampler`.
     """
 
-    def __init__(self, net: torch.nn.Module, device: torch.device | str = "cpu", num_steps: int = 18, **settings):
+    def __init__(
+        self,
+        net: torch.nn.Module,
+        device: torch.device | str = "cpu",
+        num_steps: int = 18,
+        solver: Mapping[str, Any] | None = None,
+        **settings,
+    ):
         model = cast(Denoiser, net)
         shape = (model.img_channels, model.img_resolution, model.img_resolution)
         super().__init__(net, shape, shape[:2], model.label_dim, device, **settings)
-        self.num_steps = num_steps
+        self.num_steps, self.solver = num_steps, dict(solver or {})
 
     def _forward(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         given = labels if self.label_dim else None
@@ -307,7 +338,7 @@ class DiffusionSampler(NetworkSampler):
         def beat(*_: int) -> None:  # of a large network a batch takes minutes
             terminal.beat()
 
-        return edm_sampler.sample(self.net, z, given, num_steps=self.num_steps, progress=beat).float()
+        return edm_sampler.sample(self.net, z, given, num_steps=self.num_steps, progress=beat, **self.solver).float()
 
 
 def load_sampler(

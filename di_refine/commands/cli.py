@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from di_refine import terminal
+from di_refine.commands import aliases
 from di_refine.errors import InputError, RunError
 from torch_utils.settings import GROUPS, SettingError
 
@@ -92,7 +93,13 @@ class _OneSentence(click.Command):
 
 
 class Command(_OneSentence):
-    """A command with this project's error handling and help."""
+    """A command with this project's error handling and help, which takes the spellings in `aliases`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = [param for param in self.params if isinstance(param, click.Option)]
+        options = {name for param in own for name in (*param.opts, *param.secondary_opts)} | {"--help"}
+        flags = {name for param in own if param.is_flag for name in param.opts}
+        return super().parse_args(ctx, aliases.ours(args, options, flags))
 
 
 class Group(_OneSentence, click.Group):

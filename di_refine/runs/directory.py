@@ -232,7 +232,8 @@ def find_run_to_resume(path: str | os.PathLike, warn: Callable[[str], None] | No
         return RunDirectory(path), state
     if path.is_file() and state_kimg(path.name) is not None:
         return RunDirectory(path.parent), path
-    raise InputError(f"resume={path} is neither a run directory nor a training state in one")
+    instead = "; pretrain.py takes a network to start from as --from" if path.suffix in (".pkl", ".safetensors") else ""
+    raise InputError(f"resume={path} is neither a run directory nor a training state in one{instead}")
 
 
 def open_run(
