@@ -108,6 +108,8 @@ def is_made(path: Path, settings: dict[str, Any]) -> bool:
         return False
     try:
         with safe_files.open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            if archive.getinfo("dataset.json").file_size > 16 * safe_files.JSON_BYTES:
+                raise ValueError("dataset.json is too large")
             record = safe_files.parse_json(archive.read("dataset.json"), containers=10_000_000)["conversion"]
         if all(record[name] == value for name, value in settings.items()):
             return True

@@ -163,6 +163,11 @@ def inception_score(probs: np.ndarray, num_splits: int = 10) -> tuple[float, flo
     return float(np.mean(scores)), float(np.std(scores))
 
 
+def is_symmetric(sigma: np.ndarray) -> bool:
+    """Whether a covariance `[F, F]` is symmetric, but for the rounding of float32."""
+    return bool(np.abs(sigma - sigma.T).max(initial=0.0) <= 1e-4 * np.abs(sigma).max(initial=0.0))
+
+
 def _check_gaussian(mu: np.ndarray, sigma: np.ndarray, which: str) -> tuple[np.ndarray, np.ndarray, float]:
     """Return the mean, the symmetric root of the covariance, and the covariance's trace, all in float64."""
     mu, sigma = np.asarray(mu, np.float64), np.asarray(sigma, np.float64)
@@ -171,7 +176,7 @@ def _check_gaussian(mu: np.ndarray, sigma: np.ndarray, which: str) -> tuple[np.n
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise InputError(f"{which} statistics: the mean or covariance holds values that are not finite")
     size = np.abs(sigma).max(initial=0.0)
-    if np.abs(sigma - sigma.T).max(initial=0.0) > 1e-4 * size:
+    if not is_symmetric(sigma):
         raise InputError(f"{which} statistics: the covariance is not symmetric")
     values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
     # Rounding, at worst that of statistics stored as float32, leaves eigenvalues a little below zero, also where all

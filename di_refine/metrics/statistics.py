@@ -11,6 +11,7 @@ import torch
 
 from di_refine.errors import InputError
 from di_refine.files import arrays, foreign
+from di_refine.metrics.distances import is_symmetric
 from torch_utils.misc import open_atomic
 
 # Fields that say where statistics come from; every one may be missing, as in the official files.
@@ -111,6 +112,8 @@ class FeatureStatistics:
             raise InputError(f"{path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} do not fit together")
         if not (np.abs(mu).max() < LARGEST and np.abs(sigma).max() < LARGEST):
             raise InputError(f"{path}: mu or sigma holds values that are not finite, or beyond {LARGEST:g}")
+        if not is_symmetric(sigma):
+            raise InputError(f"{path}: sigma is no covariance, as it is not symmetric")
         features = content.get("features")
         if features is not None:
             features = features.astype(np.float32, copy=False)

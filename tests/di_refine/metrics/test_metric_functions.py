@@ -337,6 +337,7 @@ def test_statistics_refuse(tmp_path):
         ({"mu": np.zeros([1, 3])}, "do not fit together"),
         ({"mu": np.zeros(0), "sigma": np.zeros([0, 0])}, "do not fit together"),
         ({"sigma": np.full([3, 3], 1e200)}, "not finite, or beyond 1e"),
+        ({"sigma": np.triu(np.ones([3, 3]))}, "sigma is no covariance"),
         ({"features": np.full([2, 3], "a")}, "features holds no numbers"),
         ({"features": np.full([2, 3], np.inf)}, "features hold values that are not finite"),
         ({"count": np.zeros(3, int)}, r"count is no positive whole number, but int64 \[3\]"),
