@@ -1,4 +1,4 @@
-"""The commands of docs/own-pictures.md work, one after the other, here at tiny size."""
+"""Every command in the documentation is understood, and those of docs/own-pictures.md work, here at tiny size."""
 
 import importlib
 import json
@@ -6,12 +6,14 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 
 TINY = {
     "pretrain.py gan": ["--z-dim=8", "--channel-base=64", "--channel-max=8", "--batch=8"],
@@ -41,6 +43,39 @@ def run(line):
     )
     assert done.exit_code == 0, f"{line}\n{done.output}"
     return json.loads(done.stdout.splitlines()[-1])
+
+
+CALL = r"(?:\S+=\S+ )*(?:torchrun (?:--?\S+ )*|python )(-m di_refine \S+|[a-z_]+\.py)( .*|$)"
+
+
+def documented():
+    """(document, command, its words) for every call of ours in an indented block of the documentation."""
+    files = [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *(ROOT / "pretrained").glob("*.md")]
+    for path in sorted(files):
+        text = re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))
+        for line in text.splitlines():
+            found = re.match(f" {{4}}{CALL}", line)
+            if found:
+                words = re.sub(r"[][]", "", re.split(r"  | #| && ", found[2])[0])
+                yield path.relative_to(ROOT).as_posix(), found[1], words
+
+
+@pytest.mark.parametrize(("document", "script", "words"), list(documented()))
+def test_every_documented_command_is_understood(document, script, words):
+    """Its options exist and take such values; nothing is run."""
+    name = script.removesuffix(".py").split()[-1].replace("-", "_")
+    command = importlib.import_module(f"di_refine.commands.{name}").main
+    words = [word for word in shlex.split(words) if word not in ("...", "|")]
+    if isinstance(command, click.Group) and words and words[0] in command.commands:
+        command = command.commands[words.pop(0)]
+    if not isinstance(command, click.Group):
+        assert command.make_context(script, words, resilient_parsing=not words).params
+
+
+def test_every_documented_target_of_make_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")):
+        assert set(re.findall(r"`make ([a-z-]+)`", path.read_text(encoding="utf-8"))) <= targets, path
 
 
 @pytest.fixture
