@@ -67,7 +67,7 @@ compat: setup
 # A minute of fuzzing each reader. The corpora stay in build/fuzz and grow with every run; what breaks a reader is written
 # there, too. Atheris has wheels for Linux.
 FUZZ_SECONDS ?= 60
-FUZZ_TARGETS ?= networks pairs states arrays datasets registry runs
+FUZZ_TARGETS ?= networks pairs weights folders states arrays datasets registry runs
 fuzz: setup
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet atheris==3.0.0
 	mkdir -p build/fuzz

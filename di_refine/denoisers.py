@@ -13,6 +13,7 @@ import torch
 import torch.utils.checkpoint
 
 from di_refine.ddpm.networks import ADMPrecond, DiffusersPrecond
+from di_refine.edm.loss import edm_weight
 from di_refine.edm.networks import DhariwalUNet, SongUNet
 from di_refine.errors import InputError
 from di_refine.files import networks
@@ -283,6 +284,14 @@ def has_dropout(net: torch.nn.Module) -> bool:
     modules = list(net.modules())
     rates = [layer.p if isinstance(layer, torch.nn.Dropout) else vars(layer).get("dropout", 0) for layer in modules]
     return any(isinstance(rate, (int, float)) and rate > 0 for rate in rates)
+
+
+def loss_weight(net: torch.nn.Module, sigma: torch.Tensor) -> torch.Tensor:
+    """The weight `[N]` of a denoiser's loss at noise levels `[N]`: its own, or EDM's (arXiv 2206.00364, table 1)."""
+    first = _first(net)
+    if isinstance(first, (ADMPrecond, DiffusersPrecond)):
+        return first.loss_weight(sigma)
+    return edm_weight(sigma, sigma_data(net))
 
 
 def sigma_data(net: torch.nn.Module) -> float:

@@ -25,7 +25,6 @@ from di_refine import denoisers, noise, ratio
 from di_refine.config import TrainerConfig
 from di_refine.critic import R1_INTERVAL, Critic
 from di_refine.edm.augment import AugmentPipe
-from di_refine.edm.loss import edm_weight
 from di_refine.generators import Generator
 from di_refine.labels import LabelLaw
 from di_refine.noise import Law, expand_as
@@ -172,7 +171,6 @@ class Trainer:
         self.bridge = torch.nn.Identity() if bridge is None else bridge.to(self.device)
         self.critic = critic
         self._augment = AugmentPipe.edm(config.augment) if config.augment else None
-        self._sigma_data = denoisers.sigma_data(teacher)
         self._reference = reference
         self._reference_stream: Iterator[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.nimg = 0
@@ -275,7 +273,7 @@ class Trainer:
             x_s = sample + expand_as(sigma, x0) * draws.normals("score", x0.shape[1:])[part]
             random_state = self._rng_state()
             dp, logits = self._score(x_s, sigma, labels, **told)
-            squares = expand_as(edm_weight(sigma, self._sigma_data), x0) * (dp - sample) ** 2
+            squares = expand_as(denoisers.loss_weight(self.teacher, sigma), x0) * (dp - sample) ** 2
             loss = squares.mean()
             stats |= {"score_loss": loss.detach(), "score_loss_by_sigma": (sigma, _per_sample(squares))}
             if logits is not None:
@@ -324,7 +322,7 @@ class Trainer:
         dq, known = dq.detach(), (x0 if dp is None else dp).detach()
         gap = (known - dq).abs()
         if dp is not None:
-            weight = expand_as(edm_weight(sigma, self._sigma_data), x0)
+            weight = expand_as(denoisers.loss_weight(self.teacher, sigma), x0)
             stats["score_margin"] = (weight * ((dq - x0.detach()) ** 2 - (known - x0.detach()) ** 2)).mean()
         return {**stats, "score_gap": gap.mean(), "score_gap_by_sigma": (sigma, _per_sample(gap))}
 

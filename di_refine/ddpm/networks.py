@@ -292,6 +292,8 @@ class _Precond(torch.nn.Module):
         known = {"vp": ("epsilon", "sample", "v"), "edm": ("epsilon", "v"), "ve": ("epsilon",)}
         if prediction not in known.get(parameterisation, ()):
             raise ValueError(f"a prediction '{prediction}' in parameterisation '{parameterisation}' is not known")
+        if not 0 < sigma_data < 1e6 or not 0 < time_scale < 1e6:
+            raise ValueError(f"sigma_data {sigma_data:g} and time_scale {time_scale:g} make no denoiser")
         if (steps > 1) != (parameterisation == "vp"):
             raise ValueError(f"parameterisation '{parameterisation}' with {steps} steps")
         super().__init__()
@@ -374,6 +376,20 @@ class _Precond(torch.nn.Module):
             return 0, 1, 1 / scale, time
         return 1 / scale**2, -sigma / scale, 1 / scale, time
 
+    def loss_weight(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Return 1 / c_out^2 for noise levels [N], the weight of denoising score matching.
+
+        By it errors of what the U-Net itself puts out count equally at all levels, which is how such networks were
+        trained, and EDM's rule (arXiv 2206.00364, section 5). The output of `ve` is divided by the noise level inside.
+        """
+        if self.parameterisation == "ve":
+            return 1 / sigma**2
+        c_out = self._coefficients(sigma.reshape(-1, 1, 1, 1))[1]
+        return (
+            1
+            / torch.as_tensor(c_out, dtype=sigma.dtype, device=sigma.device).expand(len(sigma), 1, 1, 1).flatten() ** 2
+        )
+
     def step(self, sigma: torch.Tensor) -> torch.Tensor:
         """Return the step, a fraction unless `whole_steps`, that belongs to each noise level; shaped as `sigma`."""
         table = self.log_sigmas
@@ -426,6 +442,29 @@ class ADMPrecond(_Precond):
         super().__init__(*size, unet, parameterisation, prediction, steps, time_scale, 0.5, False)
 
 
+_COUNTS = {
+    "layers_per_block",
+    "attention_head_dim",
+    "norm_num_groups",
+    "attn_norm_num_groups",
+    "time_embedding_dim",
+    "num_class_embeds",
+    "num_train_timesteps",
+}
+_NUMBERS = {"downsample_padding", "freq_shift", "mid_block_scale_factor", "norm_eps", "dropout"}
+
+
+def _check_arguments(unet: dict) -> None:
+    """Raise ValueError for arguments of a `UNet2DModel` that it would take and not work with."""
+    for name, value in unet.items():
+        if name in _COUNTS and value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} is {str(value)[:50]}, no whole number from 1 on")
+        if name in _NUMBERS and (type(value) not in (int, float) or not 0 <= value < 1e6):
+            raise ValueError(f"{name} is {str(value)[:50]}, no number that makes sense")
+    if unet.get("downsample_padding", 1) not in (0, 1) or not unet.get("mid_block_scale_factor", 1):
+        raise ValueError("downsample_padding has to be 0 or 1, and mid_block_scale_factor not 0")
+
+
 @persistence.persistent_class
 class DiffusersPrecond(_Precond):
     """A `UNet2DModel` of diffusers (Apache-2.0), which has to be installed.
@@ -453,7 +492,7 @@ class DiffusersPrecond(_Precond):
             from diffusers import UNet2DModel
         except ImportError:
             raise ImportError("it needs the library diffusers: pip install 'di-refine[diffusers]'") from None
-
+        _check_arguments(unet)
         model = UNet2DModel(**unet)
         if unet.get("time_embedding_type") == "fourier":
             # The frequencies are constants, which some releases keep under two names.

@@ -24,6 +24,7 @@ from torch_utils.persistence import Blueprint, NetworkFormatError, printable
 
 KEY = "adm_flags"  # of a network file: the flags that came with the weights
 _MAX_STEPS = 10_000  # published models have 1,000 and 4,000
+_MAX_TENSORS = 5_000  # published models have up to 645
 _SCHEDULES = ("linear", "cosine")
 
 # What the tensors do not say, and guided-diffusion's defaults. None: there is no default.
@@ -83,12 +84,14 @@ def load(path: str | os.PathLike, tensors: dict[str, torch.Tensor], config: dict
     Raises:
         NetworkFormatError: names the file and says why it is not usable.
     """
-    try:
-        shapes = architecture(tensors)
-        flags = _flags(config or {}, shapes)
-        law = _law(flags, shapes)
-    except NetworkFormatError as error:
-        raise NetworkFormatError(f"{path}: {error}") from None
+    with persistence.explained(path):
+        return _load(path, tensors, config or {})
+
+
+def _load(path: str | os.PathLike, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, Any]:
+    shapes = architecture(tensors)
+    flags = _flags(config, shapes)
+    law = _law(flags, shapes)
     unet = {
         name: shapes[name]
         for name in ("model_channels", "widths", "num_blocks", "attention", "kernel_dims", "scale_shift")
@@ -112,7 +115,7 @@ def load(path: str | os.PathLike, tensors: dict[str, torch.Tensor], config: dict
     if law["steps"]:
         places["log_sigmas"] = law["log_sigmas"]
     net = persistence.assemble(Blueprint("ADMPrecond", (), arguments, places), os.fspath(path))
-    return {"ema": net, KEY: dict(config or {})}
+    return {"ema": net, KEY: dict(config)}
 
 
 def save(networks: dict[str, Any], path: str | os.PathLike) -> None:
@@ -144,6 +147,8 @@ def architecture(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
             raise NetworkFormatError(f"there is no tensor {name}, so this is no U-Net of ADM's kind")
         return tensors[name].shape
 
+    if len(tensors) > _MAX_TENSORS:
+        raise NetworkFormatError(f"it has {len(tensors)} tensors, far more than any published model")
     outputs = _count(tensors, "output_blocks")
     if not outputs:
         raise NetworkFormatError("there are no output_blocks: it is a classifier, and no diffusion model")
@@ -154,12 +159,12 @@ def architecture(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         raise NetworkFormatError(
             f"its U-Net has {channels} channels in and {out_channels} out; only images can be used"
         )
-    ups = []
-    for i in range(outputs):
-        last = max((int(name.split(".")[2]) for name in tensors if name.startswith(f"output_blocks.{i}.")), default=0)
-        place = f"output_blocks.{i}.{last}"
-        if last and (f"{place}.conv.weight" in tensors or f"{place}.in_layers.0.weight" in tensors):
-            ups.append(place)
+    lasts: dict[int, int] = {}
+    for name in tensors:
+        if found := re.match(r"output_blocks\.(\d{1,4})\.(\d{1,2})\.", name):
+            lasts[int(found[1])] = max(int(found[2]), lasts.get(int(found[1]), 0))
+    places = [f"output_blocks.{i}.{last}" for i, last in sorted(lasts.items()) if last]
+    ups = [p for p in places if f"{p}.conv.weight" in tensors or f"{p}.in_layers.0.weight" in tensors]
     levels = len(ups) + 1
     if outputs % levels or outputs // levels < 2:
         raise NetworkFormatError(f"{outputs} output_blocks do not make {levels} levels")

@@ -93,7 +93,11 @@ def load(path: str | os.PathLike, config: dict[str, Any] | None = None) -> dict[
     Raises:
         NetworkFormatError: names the folder and says why it is not usable.
     """
-    folder = Path(path)
+    with persistence.explained(path):
+        return _load(Path(path), config)
+
+
+def _load(folder: Path, config: dict[str, Any] | None) -> dict[str, Any]:
     index = _json(folder / _INDEX) if (folder / _INDEX).is_file() else {}
     _check_parts(index, folder)
     unet_file = next((folder / name for name in _CONFIGS if (folder / name).is_file()), None)

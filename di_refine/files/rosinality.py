@@ -47,23 +47,24 @@ def load(path: str | os.PathLike, content: dict[str, Any], notes: list[str]) -> 
     Raises:
         NetworkFormatError: names the file and says why it is not usable.
     """
-    networks: dict[str, Any] = {}
-    average = content.get("latent_avg")
-    for key, ours in _KEYS.items():
-        if key not in content:
-            continue
-        try:
-            given = _state(content[key], key)
-            plan = _discriminator(given) if key == "d" else _generator(given, average)
-        except NetworkFormatError as error:
-            raise NetworkFormatError(f"{path}: {error}") from None
-        networks[ours] = persistence.assemble(plan, f"{os.fspath(path)}: '{key}'")
-    if average is None:
-        notes.append(f"it has no average latent; the mean w of {_AVERAGED} latents is taken, for truncation")
-        for net in (networks[ours] for ours in ("G", "G_ema") if ours in networks):
-            _average_latent(net)
+    with persistence.explained(path):
+        networks = _networks(path, content)
+        if content.get("latent_avg") is None:
+            notes.append(f"it has no average latent; the mean w of {_AVERAGED} latents is taken, for truncation")
+            for net in (networks[ours] for ours in ("G", "G_ema") if ours in networks):
+                _average_latent(net)
     if content.keys() - {*_KEYS, "latent_avg"}:
         notes.append(f"{_LEFT_OUT} are not carried over")
+    return networks
+
+
+def _networks(path: str | os.PathLike, content: dict[str, Any]) -> dict[str, Any]:
+    networks: dict[str, Any] = {}
+    for key, ours in _KEYS.items():
+        if key in content:
+            given = _state(content[key], key)
+            plan = _discriminator(given) if key == "d" else _generator(given, content.get("latent_avg"))
+            networks[ours] = persistence.assemble(plan, f"{os.fspath(path)}: '{key}'")
     return networks
 
 

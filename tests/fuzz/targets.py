@@ -6,7 +6,9 @@ cut at `CUT` into the content of a file's parts, of which `prepare` makes a righ
 
 import io
 import json
+import math
 import os
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -20,7 +22,7 @@ from golden_io import GOLDEN
 from PIL import Image
 
 from di_refine.errors import InputError
-from di_refine.files import dataset_sources, image_files, label_laws, registry, safetensors_pair
+from di_refine.files import dataset_sources, image_files, label_laws, networks, registry, safetensors_pair
 from di_refine.files.datasets import ImageDataset
 from di_refine.labels import LabelLaw
 from di_refine.metrics.statistics import FeatureStatistics
@@ -344,7 +346,72 @@ class Runs(Target):
         directory.check_run(given, None, "x", options, ["lr"])
 
 
+class Weights(Target):
+    """Weights of OpenAI's diffusion models and of rosinality's StyleGAN2: flags, and the shapes of the tensors."""
+
+    longest = 200_000
+
+    def seeds(self):
+        for name in ("gd64-cond", "id-cosine4000", "cm-bedroom256"):
+            meta = json.loads(str(np.load(GOLDEN / f"guided/{name}.npz")["meta"].reshape(-1)[0]))
+            flags = {**meta["flags"], "training_mode": "edm"}
+            yield json.dumps(flags).encode() + CUT + json.dumps(meta["state_dict"]).encode()
+        checkpoint = torch.load(GOLDEN / "rosinality/converted-32.pt", weights_only=True)
+        shapes = {key: {name: list(t.shape) for name, t in checkpoint[key].items()} for key in ("g_ema", "d")}
+        yield b"{}" + CUT + json.dumps({**shapes, "latent_avg": [24]}).encode()
+
+    def prepare(self, data):
+        flags, _, shapes = data.partition(CUT)
+        self.size = 1 << 20  # numbers in a file
+
+        def tensors(value):
+            if isinstance(value, dict):
+                return {name: tensors(item) for name, item in value.items()}
+            if isinstance(value, list) and all(type(size) is int and 0 <= size < 1000 for size in value):
+                self.size -= math.prod(value)
+                return torch.ones(value) if self.size > 0 else None
+            return value
+
+        try:
+            torch.save(tensors(json.loads(shapes)), self.folder / "x.pt")
+        except (ValueError, RecursionError):
+            torch.save({}, self.folder / "x.pt")
+        (self.folder / "x.json").write_bytes(flags)
+        return self.folder / "x.pt"
+
+    def read(self, given):
+        networks.load(given)
+
+
+class Folders(Target):
+    """diffusers folders: the index, the network's settings, the scheduler's, and what is ours, with right weights."""
+
+    def seeds(self):
+        for name in ("ddpm-eps-linear", "ddim-v-scaled-class", "score-sde-ve", "edm-epsilon"):
+            folder = GOLDEN / "diffusers" / name
+            files = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json")
+            yield CUT.join([*((folder / file).read_bytes() for file in files), b'{"distilled_sigmas": [2.5]}'])
+
+    def prepare(self, data):
+        names = ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json", "di-refine.json")
+        for name, part in zip(names, data.split(CUT) + [b"-"] * 4):
+            path = self.folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.unlink(missing_ok=True)
+            if part != b"-":
+                path.write_bytes(part)
+        weights = "unet/diffusion_pytorch_model.safetensors"
+        if not (self.folder / weights).exists():
+            shutil.copy(GOLDEN / "diffusers/ddpm-eps-linear" / weights, self.folder / weights)
+        return self.folder
+
+    def read(self, given):
+        networks.load(given)
+
+
 TARGETS = {
+    "weights": Weights,
+    "folders": Folders,
     "networks": Networks,
     "pairs": Pairs,
     "states": States,

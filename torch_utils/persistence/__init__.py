@@ -33,6 +33,7 @@ __all__ = [
     "assemble",
     "blueprint",
     "check_shared",
+    "explained",
     "from_records",
     "load",
     "load_records",
@@ -144,7 +145,7 @@ def load(source: str | os.PathLike | bytes | IO[bytes], notes: list[str] | None 
         NetworkFormatError: names the file and says why it is not usable.
     """
     name, data = _read_source(source)
-    with _explained(name):
+    with explained(name):
         return _rebuild_all(_named(reader.read(data)), notes)
 
 
@@ -159,7 +160,7 @@ def load_records(source: str | os.PathLike | bytes | IO[bytes]) -> dict[str, Any
         NetworkFormatError: names the file and says why it is not a network pickle.
     """
     name, data = _read_source(source)
-    with _explained(name):
+    with explained(name):
         return _named(reader.read(data))
 
 
@@ -174,7 +175,7 @@ def from_records(content: dict[str, Any], name: str, notes: list[str] | None = N
     Raises:
         NetworkFormatError: names the file and says why it is not usable.
     """
-    with _explained(name):
+    with explained(name):
         return _rebuild_all(_named(content), notes)
 
 
@@ -189,17 +190,23 @@ def assemble(plan: Blueprint, name: str) -> torch.nn.Module:
         NetworkFormatError: names the file and what does not fit.
     """
     _import_providers()
-    with _explained(name):
+    with explained(name):
         return builder.assemble(_classes[plan.class_name][0], plan)
 
 
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Put the name of the file into every error; a hostile one can make anything fail, also by recursion or memory."""
+def explained(path: str | os.PathLike) -> Iterator[None]:
+    """Put the name of the file into every error; a hostile one can make anything fail, also by recursion or memory.
+
+    Raises:
+        NetworkFormatError: in place of every exception; one that names the file already stays as it is.
+    """
+    name = os.fspath(path)
     try:
         yield
     except NetworkFormatError as error:
-        raise NetworkFormatError(f"{name}: {error}") from None
+        named = str(error).startswith(name)
+        raise NetworkFormatError(str(error) if named else f"{name}: {error}") from None
     except Exception as error:
         raise NetworkFormatError(f"{name}: damaged ({type(error).__name__}: {printable(error)})") from error
 
@@ -229,7 +236,7 @@ def _read_source(source: Any) -> tuple[str, bytes]:
         if not os.path.isfile(name):  # opening a pipe would wait for a writer
             raise NetworkFormatError(f"{name}: not a regular file")
         with open(name, "rb") as file:
-            with _explained(name):
+            with explained(name):
                 _check_outline(file)
             return name, file.read()
     except OSError as error:

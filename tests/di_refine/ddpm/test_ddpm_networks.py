@@ -11,7 +11,8 @@ import torch
 from golden_io import GOLDEN
 
 from di_refine.ddpm.networks import ADMUNet
-from di_refine.denoisers import encoder_layer, has_dropout, load_denoiser, recompute_blocks
+from di_refine.denoisers import Ensemble, encoder_layer, has_dropout, load_denoiser, loss_weight, recompute_blocks
+from di_refine.edm.loss import edm_weight
 from di_refine.files import adm_checkpoint
 from torch_utils import persistence
 
@@ -217,3 +218,26 @@ def test_beyond_the_steps_the_input_keeps_its_scale():
     _, _, c_in, time = net._coefficients(sigma)
     assert time.flatten().tolist() == [0, 999]
     torch.testing.assert_close(c_in, 1 / (1 + sigma**2).sqrt())
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ({}, lambda s: 1 / s**2),  # of noise
+        ({"predict_xstart": True}, lambda s: torch.ones_like(s)),
+    ],
+)
+def test_the_loss_weighs_what_the_network_puts_out(flags, expected):
+    """Else the rare high levels, at which an error in the noise is one of sigma times it in the image, would rule."""
+    net, sigma = adm("gd256-uncond", **flags), torch.tensor([0.1, 1.0, 30.0])
+    torch.testing.assert_close(loss_weight(net, sigma), expected(sigma))
+    torch.testing.assert_close(loss_weight(Ensemble([net, net]), sigma), expected(sigma))
+
+
+def test_the_loss_of_other_parameterisations():
+    sigma = torch.tensor([0.1, 1.0, 30.0])
+    torch.testing.assert_close(loss_weight(adm("cm-imagenet64"), sigma), edm_weight(sigma, 0.5))
+    pytest.importorskip("diffusers")
+    v = load_denoiser(DIFFUSERS / "ddim-v-scaled-class")
+    torch.testing.assert_close(loss_weight(v, sigma), 1 + 1 / sigma**2)
+    torch.testing.assert_close(loss_weight(load_denoiser(DIFFUSERS / "score-sde-ve"), sigma), 1 / sigma**2)

@@ -148,6 +148,10 @@ REFUSED = {
         "does not accept the constructor arguments",
     ),
     "unknown setting": ((UNET, {"surprise": 1}), "does not accept the constructor arguments"),
+    "no number": ((UNET, {"norm_eps": "small"}), "norm_eps is small, no number that makes sense"),
+    "no count": ((UNET, {"norm_num_groups": -1}), "norm_num_groups is -1, no whole number from 1 on"),
+    "a list for a text": ((SCHEDULER, {"prediction_type": []}), "model"),
+    "a number for a list": ((UNET, {"down_block_types": 3}), "model"),
     "scheduler": (
         (SCHEDULER, {"_class_name": "FlowMatchEulerDiscreteScheduler"}),
         "its scheduler is FlowMatchEulerDiscreteScheduler; those of DDPM",
