@@ -14,7 +14,7 @@ import torch.utils.checkpoint
 
 from di_refine.ddpm.networks import ADMPrecond, DiffusersPrecond
 from di_refine.edm.loss import edm_weight
-from di_refine.edm.networks import DhariwalUNet, SongUNet
+from di_refine.edm.networks import DhariwalUNet, SongUNet, VEPrecond, VPPrecond, iDDPMPrecond
 from di_refine.errors import InputError
 from di_refine.files import networks
 from di_refine.labels import LabelLaw
@@ -287,8 +287,13 @@ def has_dropout(net: torch.nn.Module) -> bool:
 
 
 def loss_weight(net: torch.nn.Module, sigma: torch.Tensor) -> torch.Tensor:
-    """The weight `[N]` of a denoiser's loss at noise levels `[N]`: its own, or EDM's (arXiv 2206.00364, table 1)."""
+    """The weight `[N]` of a denoiser's loss at noise levels `[N]`: that of its parameterisation, or EDM's.
+
+    It makes errors of what the network itself puts out count equally at all levels (arXiv 2206.00364, table 1).
+    """
     first = _first(net)
+    if isinstance(first, (VPPrecond, VEPrecond, iDDPMPrecond)):
+        return 1 / sigma**2
     if isinstance(first, (ADMPrecond, DiffusersPrecond)):
         return first.loss_weight(sigma)
     return edm_weight(sigma, sigma_data(net))

@@ -241,3 +241,10 @@ def test_the_loss_of_other_parameterisations():
     v = load_denoiser(DIFFUSERS / "ddim-v-scaled-class")
     torch.testing.assert_close(loss_weight(v, sigma), 1 + 1 / sigma**2)
     torch.testing.assert_close(loss_weight(load_denoiser(DIFFUSERS / "score-sde-ve"), sigma), 1 / sigma**2)
+
+
+@pytest.mark.parametrize("name", ["vp", "ve", "iddpm", "ddpmpp_cond"])
+def test_the_loss_of_networks_of_edm(name):
+    net, sigma = load_denoiser(GOLDEN / f"edm/{name}.pkl"), torch.tensor([0.1, 1.0, 30.0])
+    c_out = net._coefficients(sigma.reshape(-1, 1, 1, 1))[1].flatten()
+    torch.testing.assert_close(loss_weight(net, sigma), 1 / c_out**2)
