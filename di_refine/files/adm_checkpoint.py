@@ -90,7 +90,7 @@ def load(path: str | os.PathLike, tensors: dict[str, torch.Tensor], config: dict
 
 def _load(path: str | os.PathLike, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, Any]:
     shapes = architecture(tensors)
-    flags = _flags(config, shapes)
+    flags = read_flags(config, shapes)
     law = _law(flags, shapes)
     unet = {
         name: shapes[name]
@@ -194,8 +194,12 @@ def _count(tensors: dict[str, torch.Tensor], stage: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _flags(config: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags that the tensors do not say.
+def read_flags(config: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags that the tensors do not say, all of them, checked.
+
+    Args:
+        config: those that are given.
+        shapes: what `architecture` returns.
 
     Raises:
         NetworkFormatError: some are missing, unknown, malformed, or contradict the tensors.

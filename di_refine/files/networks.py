@@ -14,7 +14,15 @@ from di_refine import terminal
 from di_refine.ddpm.networks import ADMPrecond, DiffusersPrecond
 from di_refine.edm.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from di_refine.errors import InputError
-from di_refine.files import adm_checkpoint, diffusers_folder, foreign, rosinality, safetensors_pair, torch_file
+from di_refine.files import (
+    adm_checkpoint,
+    diffusers_folder,
+    foreign,
+    registry,
+    rosinality,
+    safetensors_pair,
+    torch_file,
+)
 from di_refine.files.download import sha256_of
 from di_refine.files.run_files import RunFiles
 from di_refine.labels import KEY, LabelLaw
@@ -86,7 +94,7 @@ def load(path: str | os.PathLike, setting: str = "network", config: Config | Non
             diffusion model (.pt), or a run directory, of which the newest snapshot is taken.
         setting: what the file was given for, for messages.
         config: for a diffusers folder, the scheduler's settings in place of its own; for a .pt file, the flags of its
-            training, which a JSON file of the same name beside it may hold as well.
+            training, which a JSON file of the same name beside it or the registry may hold as well.
 
     Raises:
         InputError: naming the setting and the file, when it is no network file or holds neither kind of network.
@@ -171,9 +179,11 @@ def digest(path: str | os.PathLike, config: Config | None = None) -> str:
 
 
 def _beside(path: str | os.PathLike, config: Config | None) -> Config | None:
-    """The settings of a file: those given, or else the JSON file of the same name."""
+    """The settings of a file: those given, or else the JSON file of the same name, or what the registry says."""
     beside = Path(path).with_suffix(".json")
-    return beside if config is None and beside.is_file() else config
+    if config is None:
+        return beside if beside.is_file() else (registry.entry_for_path(path) or {}).get("flags")
+    return config
 
 
 def _settings(config: Config | None, setting: str) -> dict[str, Any] | None:

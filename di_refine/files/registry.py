@@ -2,7 +2,8 @@
 
 `pretrained/registry.json` maps a name to a record: `file` (shipped in `pretrained/`) or `url` (downloaded once into the
 cache folder), `kind`, `resolution`, `channels`, `classes`, what goes with it (`teacher`, `detector`, `statistics`,
-each a name in the registry), `licence`, `note` and, where it is known, `sha256` (or its first digits).
+each a name in the registry), `licence`, `note` and, where it is known, `sha256` (or its first digits). Records of `.pt`
+files have `flags`: what such a file does not say of its network.
 
 `python -m di_refine zoo list|fetch|verify` is the command line.
 """

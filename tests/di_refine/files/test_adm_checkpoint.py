@@ -11,7 +11,7 @@ from golden_io import GOLDEN
 
 from di_refine.denoisers import load_denoiser
 from di_refine.errors import InputError
-from di_refine.files import adm_checkpoint, networks
+from di_refine.files import adm_checkpoint, networks, registry
 
 ADM = GOLDEN / "guided"
 FILE = ADM / "gd64-cond.pt"
@@ -139,3 +139,22 @@ def test_more_than_tensors_is_not_read(tmp_path):
     torch.save({"net": torch.nn.Linear(1, 1)}, tmp_path / "b.pt")
     with pytest.raises(InputError, match="b.pt holds more than tensors and plain values"):
         load_denoiser(tmp_path / "b.pt", FLAGS)
+
+
+def test_published_files_need_no_flags(tmp_path):
+    """Each record of the registry has flags that the tensors of the published file agree with."""
+    meta = json.loads(str(np.load(ADM / "full_size_shapes.npz")["meta"][0]))["models"]
+    records = {name: record for name, record in registry.registry().items() if "flags" in record}
+    known = {"lsun_cat": "lsun_bedroom", "lsun_horse": "lsun_bedroom", "edm_cat256_ema": "edm_bedroom256_ema"}
+    for record in records.values():
+        name = record["url"].rpartition("/")[2].removesuffix(".pt")
+        model = meta[known.get(name, name)]
+        tensors = {key: torch.empty(shape, device="meta") for key, shape in model["state_dict"].items()}
+        shapes = adm_checkpoint.architecture(tensors)
+        flags = adm_checkpoint.read_flags({**model["flags"], **record["flags"]}, shapes)
+        assert (record["resolution"], record["classes"]) == (model["flags"]["image_size"], shapes["classes"])
+        assert flags["image_size"] == record["resolution"] and flags["num_heads"] in (1, 4)
+    assert len(records) >= 14
+    shutil.copy(ADM / "gd256-uncond.pt", tmp_path / "256x256_diffusion_uncond.pt")
+    with pytest.raises(InputError, match="num_head_channels is 64, which does not divide its 32 channels"):
+        load_denoiser(tmp_path / "256x256_diffusion_uncond.pt")
