@@ -17,6 +17,7 @@ EXTRAS = {
     "tensorboard": (("tensorboard",), "runs also write TensorBoard events"),
     "datasets": (("sklearn",), "dataset_tool.py reads scikit-learn's digits"),
     "plots": (("matplotlib",), "curves are drawn"),
+    "diffusers": (("diffusers",), "folders of diffusers and hf:org/name can teach"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "python -m di_refine convert writes ONNX"),
 }
 """The optional dependencies of the package: modules, and what they give."""

@@ -16,6 +16,7 @@ Shapes: N batch, C channels, H W height and width, T = H * W tokens, L label_dim
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -352,7 +353,7 @@ class _Precond(torch.nn.Module):
             labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
         c_skip, c_out, c_in, time = self._coefficients(sigma)
         inputs = c_in * (x + 1 if self.parameterisation == "ve" else x)
-        with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled(x.device.type) and not force_fp32):
+        with torch.autocast(x.device.type, enabled=False) if force_fp32 else contextlib.nullcontext():
             output = self._unet(inputs, time.flatten(), labels)
         return c_skip * x + c_out * output[:, : self.img_channels].to(torch.float32)
 
