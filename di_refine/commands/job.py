@@ -18,7 +18,7 @@ from di_refine.config import TrainerConfig
 from di_refine.critic import Critic
 from di_refine.edm.augment import AugmentPipe
 from di_refine.errors import InputError
-from di_refine.files import diffusers_folder, label_laws, networks, registry, teacher_samples
+from di_refine.files import diffusers_folder, hub, label_laws, networks, registry, teacher_samples
 from di_refine.files.datasets import ImageDataset, Stream
 from di_refine.files.networks import NetworkFile
 from di_refine.generators import DiffusionSampler, GeneratorSampler
@@ -173,7 +173,7 @@ def teacher_configs(names: Sequence[str], teachers: Sequence[Path]) -> list[Path
 
 def description(subject: Subject, run: RunConfig, trainer: TrainerConfig) -> str:
     """The part after the number in the run directory's name."""
-    return run.desc or f"{subject.file.path.stem}-{trainer.objective}-batch{trainer.batch}"
+    return run.desc or f"{hub.short_name(subject.file.path)}-{trainer.objective}-batch{trainer.batch}"
 
 
 def recorded_options(subject: Subject, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,12 @@ _SETTINGS = ["model_index.json", "config.json", "scheduler_config.json", "di-ref
 _SETTINGS += ["unet/config.json", "scheduler/scheduler_config.json"]
 
 
+def short_name(path: Path) -> str:
+    """Return what people call a network file, or a folder of that library's cache, which has a hash for a name."""
+    model = path.parents[1].name if path.parent.name == "snapshots" else ""
+    return model.rpartition("--")[2] if model.startswith("models--") else path.stem
+
+
 def fetch(source: str, setting: str, offline: bool = False) -> Path:
     """Return the folder of a model, downloaded unless it is in the cache.
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from di_refine import terminal
 from di_refine.errors import RunError
-from di_refine.files import networks, registry
+from di_refine.files import hub, networks, registry
 from di_refine.files.dataset_writer import Picture, map_in_order, new_folders, project_version, write_archive
 from di_refine.files.pictures import to_uint8
 from di_refine.labels import LabelLaw
@@ -87,7 +87,7 @@ def settings_hash(settings: dict[str, Any]) -> str:
 
 def cached_path(teacher_path: str | os.PathLike, settings: dict[str, Any], folder: str = SAMPLES) -> Path:
     """Return where samples are kept: the teacher's name, a hash of its file, and one of the settings."""
-    name = f"{Path(teacher_path).stem}-{settings['teacher_sha256'][:12]}-{settings_hash(settings)[:8]}.zip"
+    name = f"{hub.short_name(Path(teacher_path))}-{settings['teacher_sha256'][:12]}-{settings_hash(settings)[:8]}.zip"
     return registry.cache_folder() / folder / name
 
 

@@ -7,6 +7,7 @@ from golden_io import GOLDEN
 
 from di_refine.errors import InputError
 from di_refine.files import networks, registry
+from di_refine.files.hub import short_name
 
 pytest.importorskip("diffusers")
 COMMIT = "0" * 40
@@ -29,7 +30,7 @@ def hub(tmp_path, monkeypatch):
 def test_a_model_of_the_cache(hub):
     for name in ("hf:some/digits", "hf:some/digits@main", f"hf:some/digits@{COMMIT}"):
         path = registry.resolve(name, "teacher")
-        assert path == hub / "snapshots" / COMMIT
+        assert path == hub / "snapshots" / COMMIT and short_name(path) == "digits"
     assert networks.load(path).kind == networks.EDM
 
 
