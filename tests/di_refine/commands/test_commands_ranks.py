@@ -80,7 +80,7 @@ def test_two_processes_of_torchrun_are_as_one(tmp_path):
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert len(out.splitlines()) in (9, 10) and out.count('"run_dir"') == out.count("distilled (last)  ") == 1
-    assert errors.count("tick 1 ") == 1 and "measuring: 1000/1000 img (100%)" in errors
+    assert errors.count("tick 1 ") == 1
     together = json.loads(out.splitlines()[-1])
     for name in ("original", "distilled", "best", "teacher"):
         assert together[name] == pytest.approx(alone[name], rel=1e-4), name
@@ -89,7 +89,7 @@ def test_two_processes_of_torchrun_are_as_one(tmp_path):
     files = [sorted(path.name.split(".vm")[0].split(".1")[0] for path in run.iterdir()) for run in runs]
     assert files[0] == files[1]
     counts = [{path.name: len(path.read_text().splitlines()) for path in run.glob("*.jsonl")} for run in runs]
-    assert counts[0] == counts[1] == {"metric-acc1k@toy.jsonl": 4, "metric-fd1k_full@toy.jsonl": 4, "stats.jsonl": 3}
+    assert counts[0] == counts[1] == {"metric-acc1k@toy.jsonl": 10, "metric-fd1k_full@toy.jsonl": 10, "stats.jsonl": 3}
     for one, other in zip(*map(ticks, runs)):
         assert one.keys() == other.keys()
         for name, value in one.items():
