@@ -131,7 +131,7 @@ def resolve(
         if source in (presets.AUTO, "minutes") and name in before
     }
     if minutes and before.get("minutes") and "kimg" in kept:
-        asked = kept["kimg"] * minutes / before["minutes"]
+        asked = kept["kimg"] * (minutes / before["minutes"])
     elif minutes and speed is not None:
         # A tenth is left for pictures, snapshots and the start.
         asked = max(float(f"{speed(first) * 60 * 0.9 * minutes / 1000:.3g}"), first["batch"] / 1000)

@@ -5,6 +5,7 @@ file, and enforced from then on.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -160,10 +161,12 @@ def _reason(error: "requests.RequestException") -> str:
 
 
 def sha256_of(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    import pooch
-
-    return pooch.file_hash(os.fspath(path), alg="sha256")
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def memory_path(path: Path) -> Path:
