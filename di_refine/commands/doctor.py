@@ -19,7 +19,6 @@ EXTRAS = {
     "plots": (("matplotlib",), "curves are drawn"),
     "diffusers": (("diffusers",), "folders of diffusers and hf:org/name can teach"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "python -m di_refine convert writes ONNX"),
-    "diffusers": (("diffusers",), "folders and hub models of diffusers are teachers"),
 }
 """The optional dependencies of the package: modules, and what they give."""
 
