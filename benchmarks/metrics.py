@@ -3,12 +3,15 @@
     python benchmarks/metrics.py golden                 every golden value: expected, got, relative difference
     python benchmarks/metrics.py speed                  generator + Inception against torch-fidelity's Inception
     python benchmarks/metrics.py memory --count=50000   precision and recall: seconds and peak memory
+    python benchmarks/metrics.py ranks RUN --teacher=edm.pkl --metric=fd2k_full@digits
+                                                        how fd2k@teacher orders a run's snapshots (made with --keep)
 
 `speed` wants torch-fidelity (`pip install --no-deps torch-fidelity`); without torchvision, an empty stand-in is enough.
 """
 
 import importlib.util
 import json
+import re
 import resource
 import statistics
 import sys
@@ -27,10 +30,16 @@ sys.path.insert(0, str(ROOT))
 
 from di_refine import metrics
 from di_refine.commands import cli
+from di_refine.files import networks, registry
+from di_refine.files.run_files import RunFiles
+from di_refine.generators import DiffusionSampler, load_sampler
 from di_refine.metrics.detectors import load_detector
 from di_refine.metrics.distances import squared_mmd
+from di_refine.metrics.evaluate import Evaluator
 from di_refine.metrics.inception import InceptionV3
+from di_refine.metrics.kinds import parse_metrics
 from di_refine.metrics.statistics import FeatureMoments, moments
+from di_refine.metrics.teacher_net import TeacherReference
 
 GOLDEN = ROOT / "tests" / "golden" / "metrics"
 
@@ -233,6 +242,32 @@ def memory(count, features, device):
     peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
     print(f"{count} x {count} x {features}: precision {precision:.4f}, recall {recall:.4f}, {seconds:.0f} s")
     print(f"peak memory of the process: {peak[1]:.0f} MiB, of which {peak[0]:.0f} MiB before the distances")
+
+
+@main.command()
+@click.argument("run", type=Path)
+@click.option("--teacher", required=True, help="The diffusion model that judges.")
+@click.option("--metric", required=True, help="What it is compared with, as many thousands of images.")
+@click.option("--seed", default=1, help="Of the images.")
+def ranks(run, teacher, metric, seed):
+    """Spearman's rank correlation of `@teacher` and another metric over the snapshots of a run."""
+    from scipy.stats import spearmanr
+
+    name = f"{re.match(r'fd[0-9]+k?', metric)[0]}@teacher"
+    path = registry.resolve(teacher)
+    net = networks.load(path).average.requires_grad_(False)
+    known, device = parse_metrics([name])[0], torch.device("cpu")
+    snapshots = RunFiles(run).snapshots()
+    samplers = [load_sampler(snapshot) for snapshot in snapshots]
+    reference = TeacherReference(net, path, known.num_images, samplers[0].law, device)
+    evaluator = Evaluator([name, metric], teacher=reference)
+    found = []
+    for snapshot, sampler in zip(snapshots, samplers):
+        found.append([result.value for result in evaluator(sampler, seed=seed)])
+        print(snapshot.name, *(f"{value:.4g}" for value in found[-1]), flush=True)
+    own = [result.value for result in evaluator(DiffusionSampler(net, law=samplers[0].law), seed=seed)]
+    print("teacher", *(f"{value:.4g}" for value in own))
+    print(f"rank correlation of {name} and {metric} over {len(found)} snapshots: {spearmanr(*zip(*found))[0]:.3f}")
 
 
 if __name__ == "__main__":

@@ -209,9 +209,20 @@ def _unet(net: torch.nn.Module) -> torch.nn.Module | None:
     return model if isinstance(model, (SongUNet, DhariwalUNet)) else None
 
 
+def _encoder(net: torch.nn.Module) -> torch.nn.Module | None:
+    """The last layer of a denoiser's encoder; None where its layers are not known here."""
+    first, unet = _first(net), _unet(net)
+    inner: Any = getattr(first, "unet", None)
+    if isinstance(first, ADMPrecond):
+        return inner.input_blocks[-1]
+    if isinstance(first, DiffusersPrecond):
+        return inner.mid_block  # the blocks before it return several tensors
+    return None if unet is None else list(cast(torch.nn.ModuleDict, unet.enc).values())[-1]
+
+
 def has_encoder(net: torch.nn.Module) -> bool:
-    """Whether the layers of a denoiser are known here, so that `encoder_layer` finds its encoder."""
-    return _unet(net) is not None
+    """Whether `encoder_layer` finds the encoder of a denoiser."""
+    return _encoder(net) is not None
 
 
 def encoder_layer(net: torch.nn.Module) -> torch.nn.Module:
@@ -220,16 +231,10 @@ def encoder_layer(net: torch.nn.Module) -> torch.nn.Module:
     Raises:
         ValueError: the network has no encoder that is known here, so the layer has to be named.
     """
-    first = _first(net)
-    inner: Any = getattr(first, "unet", None)
-    if isinstance(first, ADMPrecond):
-        return inner.input_blocks[-1]
-    if isinstance(first, DiffusersPrecond) and inner.mid_block is not None:
-        return inner.mid_block  # the blocks before it return several tensors
-    unet = _unet(net)
-    if unet is None:
+    layer = _encoder(net)
+    if layer is None:
         raise ValueError(f"{type(net).__name__} has no encoder that is known here; name the layer that makes features")
-    return list(cast(torch.nn.ModuleDict, unet.enc).values())[-1]
+    return layer
 
 
 class _Encoded(Exception):

@@ -40,11 +40,9 @@ OTHERWISE = {
     "--ls": "the loss is scaled by nothing here; leave it out",
     "--fp16": "give --precision, or --fp16-res for a GAN",
     "--fp32": "float32 is the default; leave it out",
-    "--width": "images are square: give --resolution",
-    "--height": "images are square: give --resolution",
     "--dump": "training states are written at every tick; leave it out",
 }
-"""What is refused, with what to do; where a command has an option of that name, that one counts."""
+"""What is refused, with what to do, in commands that train; `--gpus` in all. Options of a command's own go before."""
 
 YES, NO = ("1", "true", "yes"), ("0", "false", "no")
 
@@ -91,8 +89,10 @@ def ours(words: Sequence[str], options: Collection[str], flags: Collection[str])
                 found.append(f"{name}{equals}{value}")
                 if not equals and name not in flags and rest:
                     found.append(rest.pop(0))  # its value, whatever it looks like
-        elif name in OTHERWISE and not (name == "--gpus" and value == "1"):
+        elif name == "--gpus" and value == "1":
+            continue
+        elif name == "--gpus" or (name in OTHERWISE and "--kimg" in options):
             raise InputError(f"{word}: {OTHERWISE[name]}")
-        elif name not in (*WITHOUT_MEANING, "--gpus"):
+        elif name not in WITHOUT_MEANING:
             found.append(word)
     return found

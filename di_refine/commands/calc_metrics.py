@@ -326,6 +326,8 @@ def _teacher_reference(
     from di_refine.metrics.teacher_net import IMAGES, TeacherReference
 
     counts = [spec.num_images for spec in specs if spec.detector == TEACHER]
+    if not counts and config.teacher is not None:
+        raise InputError(f"--teacher is for metrics such as fd5k@{TEACHER}, and --metrics names none of them")
     if not counts:
         return None
     if config.teacher is not None:

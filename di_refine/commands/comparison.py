@@ -66,7 +66,7 @@ class Comparison:
             if nimg not in done:
                 which = net if path is None or snapshot is loop.last else networks.load(path).average
                 name = None if path is None else path.name
-                done[nimg] = self._measure(row, self.job.sampler(which), self.seeds, name)
+                done[nimg] = self._measure(self.evaluator, row, self.job.sampler(which), self.seeds, name)
             self._measured[row] = done[nimg]
 
     def _measure_ends(self, evaluator: Evaluator) -> None:
@@ -81,12 +81,13 @@ class Comparison:
             "weights": job.teach.teacher_weight,
             "steps": job.teach.teacher_steps,
         }
-        sampler = job.sampler(job.subject.file.average)
-        self._measured[self.original] = self._measure(self.original, sampler, self.seeds, facts=original)
-        self._measured[TEACHER] = self._measure(TEACHER, job.teacher_sampler(), self.seeds[:1], facts=teacher)
+        sampler, ends = job.sampler(job.subject.file.average), job.teacher_sampler()
+        self._measured[self.original] = self._measure(evaluator, self.original, sampler, self.seeds, facts=original)
+        self._measured[TEACHER] = self._measure(evaluator, TEACHER, ends, self.seeds[:1], facts=teacher)
 
     def _measure(
         self,
+        evaluator: Evaluator,
         row: str,
         sampler: NetworkSampler,
         seeds: list[int],
@@ -94,11 +95,10 @@ class Comparison:
         facts: dict[str, Any] | None = None,
     ) -> list[list[MetricResult]]:
         """The results for each seed; those with `facts` about the sampler are kept for other runs."""
-        assert self.evaluator is not None
-        evaluator, what = self.evaluator, f"measuring {row}"
         names = [None if facts is None else kept.key(evaluator, facts, seed) for seed in seeds]
         return [
-            measure(evaluator, sampler, seed, self.directory, snapshot, what, name) for seed, name in zip(seeds, names)
+            measure(evaluator, sampler, seed, self.directory, snapshot, f"measuring {row}", name)
+            for seed, name in zip(seeds, names)
         ]
 
     def summaries(self) -> list[dict[str, Any]]:

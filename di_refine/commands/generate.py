@@ -132,14 +132,19 @@ def main(
         sampler.solver = solver
     pictures.check_channels(sampler.num_channels)
     if projected_w is not None:
+        if truncation != 1 or label is not None or labels is not None or latents != "own":
+            raise InputError("--projected-w has its own w; leave --truncation, --class, --labels and --latents out")
         draw_projected(projected_w, sampler, network, folder, outdir)
         return
-    if sampler.law.sentence:
-        terminal.say(f"note: {sampler.law.sentence}")
+    law = sampler.law
+    edms_classes = latents == "edm" and label is None and labels is None and law.label_dim > 0 and law.has_classes
+    if edms_classes:
+        terminal.say("note: labels: all classes equally often, as EDM's tool draws them")
+    elif law.sentence:
+        terminal.say(f"note: {law.sentence}")
     folder.mkdir(parents=True, exist_ok=True)
-    labels_option = labels
 
-    def place_of(seed: int) -> Path:
+    def file_of(seed: int) -> Path:
         inner = folder / f"{seed - seed % 1000:06d}" if subdirs else folder
         inner.mkdir(exist_ok=True)
         return inner / f"seed{seed:04d}.png"
@@ -149,20 +154,20 @@ def main(
     with terminal.progress(len(seeds), "generating", "img") as bar:
         for start in range(0, len(seeds), batch):
             chunk = seeds[start : start + batch]
-            labels, z = sampler.law.in_turn(chunk), None
+            labels, z = law.in_turn(chunk), None
             if latents == "edm":
-                z, drawn_labels = edm_latents(chunk, sampler.latent_shape, sampler.label_dim, place)
-                labels = drawn_labels if label is None and labels_option is None else labels
+                z, edms = edm_latents(chunk, sampler.latent_shape, sampler.label_dim, place)
+                labels = edms if edms_classes else labels
             counts += labels.sum(dim=0)
             images = sampler.images(chunk, labels, noise_seed=chunk[0], z=z)
             drawn = pictures.to_uint8(images).cpu()
             for seed, picture in zip(chunk, drawn):
-                pictures.save_png(place_of(seed), picture)
+                pictures.save_png(file_of(seed), picture)
             if grid and start < GRID_IMAGES:
                 shown.append(drawn[: GRID_IMAGES - start])
                 asked.append(labels[: GRID_IMAGES - start])
             bar.update(len(chunk))
-    result = {"outdir": str(outdir), "images": len(seeds), "labels": sampler.law.described}
+    result = {"outdir": str(outdir), "images": len(seeds), "labels": "edm" if edms_classes else law.described}
     if sampler.law.label_dim and sampler.law.has_classes:
         drawn = enumerate(counts.long().tolist())
         result["class_counts"] = {sampler.law.title(number): count for number, count in drawn if count}

@@ -231,13 +231,15 @@ def build(subject: Subject, values: dict[str, Any], sources: dict[str, str], dev
     def of_teacher(num_images: int) -> TeacherReference:
         if len(teachers) > 1:
             raise InputError(f"`metrics`: @{TEACHER} goes by the features of one teacher, and there are several")
-        net = copy.deepcopy(teachers[0]).to(device).requires_grad_(False)
+        net = teachers[0].requires_grad_(False)
         return TeacherReference(net, subject.teachers[0], num_images, labels, device, subject.configs[0])
 
     def evaluator(names: str | None, recommended: list[str]) -> Evaluator | None:
         reference = measure.ref or registry.companion(subject.file.path, "statistics")
         return make_evaluator(names, recommended, reference, measure, device, teach.workers, of_teacher)
 
+    if measure.ref and measure.metrics is None and measure.final_metrics is None and not entry.get("metrics"):
+        raise InputError("`ref` is what metrics compare with, and none is named; give `metrics`, such as fid5k_full")
     # Where nobody knows better, the teacher judges.
     default = [] if len(teachers) > 1 or not denoisers.has_encoder(teachers[0]) else [_teacher_metric(device)]
     at_snapshots = evaluator(measure.metrics, entry.get("metrics", default))
@@ -265,7 +267,7 @@ def build(subject: Subject, values: dict[str, Any], sources: dict[str, str], dev
 
 
 def _teacher_metric(device: torch.device) -> str:
-    """The metric for networks that the registry does not know, of as many images as the device makes in a minute."""
+    """The metric for networks that the registry does not know; a CPU makes fewer images in the same time."""
     return f"fd1k@{TEACHER}" if device.type == "cpu" else f"fd5k@{TEACHER}"
 
 

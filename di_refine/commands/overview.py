@@ -52,7 +52,7 @@ class Overview:
         found = [] if self.dataset is None else [of_data(self.dataset)]
         found += [f"{name}: {of_network(net)}" for name, net in self.networks.items()]
         found += self.notes
-        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        threads = f", threads: {torch.get_num_threads()}" if self.device.type == "cpu" else ""
         found.append(f"device: {self.device}{threads}, {self.precision}")
         return [*found, self._plan(loop, warmup, evaluator)]
 
@@ -61,7 +61,7 @@ class Overview:
         parts = [f"{loop.kimg:g} kimg in {updates:,} updates of {self.batch} images"]
         if warmup:
             parts.append(f"the generator moves after {warmup / 1000:g} kimg")
-        measured = "" if evaluator is None else f", and {', '.join(spec.name for spec in evaluator.specs)} is measured"
+        measured = "" if evaluator is None else f", and measured by {', '.join(spec.name for spec in evaluator.specs)}"
         parts.append(f"a network is saved every {loop.tick * loop.snap:g} kimg{measured}")
         if loop.max_minutes:
             parts.append(f"it stops after {loop.max_minutes:g} minutes in any case")
@@ -72,15 +72,15 @@ class Overview:
         dataset = self.dataset
         if dataset is None:
             return
-        labels = dataset.labels(np.arange(len(dataset)))
         titles: pictures.Titles = ((), ())
         if dataset.has_labels and dataset.has_classes:
-            members = [np.flatnonzero(column) for column in labels.T]
-            members = [_spread(numbers, COLUMNS) for numbers in members if len(numbers)][:MAX_CLASSES]
+            classes = dataset.class_numbers()
+            shown = np.unique(classes)[:MAX_CLASSES]
+            members = [_spread(np.flatnonzero(classes == number), COLUMNS) for number in shown]
             # A class of fewer images repeats them, so that every row is of one class.
             chosen = np.concatenate([np.resize(numbers, COLUMNS) for numbers in members])
-            law = dataset.label_law()
-            titles = law.titles(torch.from_numpy(labels[chosen]), COLUMNS, pictures.is_drawable)
+            labels = torch.from_numpy(dataset.labels(chosen))
+            titles = dataset.label_law().titles(labels, COLUMNS, pictures.is_drawable)
         else:
             chosen = _spread(np.arange(len(dataset)), COLUMNS * MAX_CLASSES)
         scale = max(1, 32 // dataset.resolution)

@@ -60,6 +60,7 @@ class Material:
         labels: the labels of the network that is trained, as its file keeps them.
         stream: the images as trainers want them.
         evaluator, final_evaluator: measure snapshots, and the last network; None measures nothing.
+        start: the file that the networks start from; None for untrained ones.
     """
 
     kind: str
@@ -75,6 +76,7 @@ class Material:
     stream: Stream
     evaluator: Evaluator | None
     final_evaluator: Evaluator | None
+    start: NetworkFile | None = None
 
     @property
     def shape(self) -> dict[str, int]:
@@ -176,44 +178,45 @@ def fit(
         return recorded_options(run.outdir, run.resume, description(kind, run, dataset, conditional), kind)
 
     def speed(chosen: Mapping[str, Any]) -> float:
-        return images_per_second(build(dict(chosen), load(kind, parts, dict(chosen), {}, device, dataset, conditional)))
+        return images_per_second(build(dict(chosen), material_of(chosen, {})))
 
+    def material_of(chosen: Mapping[str, Any], sources: dict[str, str]) -> Material:
+        return load(kind, parts, dict(chosen), sources, device, dataset, conditional, start)
+
+    start = open_start(values["start_from"], kind)
     facts = Facts(resolution=dataset.resolution, device=device.type, images=len(dataset))
-    theirs = architecture(context, values, kind, dataset.resolution)
+    theirs = {} if start is None else architecture(context, start, dataset.resolution)
     values, sources = resolve(context, values, kind, facts, theirs, recorded, speed, "start_from")
-    material = load(kind, parts, values, sources, device, dataset, conditional)
+    material = material_of(values, sources)
     trainer = build(values, material)
     warn(context, values)
     return trainer, material
 
 
-def open_start(values: Mapping[str, Any], kind: str) -> NetworkFile | None:
-    """The file that `start_from` names, if it names one.
+def open_start(name: str | None, kind: str) -> NetworkFile | None:
+    """The file to start from, where one is named.
 
     Raises:
         InputError: it holds no network of the kind that is trained.
     """
     from di_refine.files import networks, registry
 
-    if values["start_from"] is None:
+    if name is None:
         return None
-    path = registry.resolve(values["start_from"], "start_from")
+    path = registry.resolve(name, "start_from")
     return networks.load(path, "start_from").require(
         networks.EDM if kind == "edm" else networks.STYLEGAN2, "start_from"
     )
 
 
-def architecture(context: click.Context, values: Mapping[str, Any], kind: str, resolution: int) -> dict[str, Any]:
-    """The settings of the architecture that `start_from` brings; {} without it.
+def architecture(context: click.Context, start: NetworkFile, resolution: int) -> dict[str, Any]:
+    """The settings of the architecture that a file brings.
 
     Raises:
         InputError: one of them is given as well.
     """
     from di_refine.pretraining.warm_start import settings_of
 
-    start = open_start(values, kind)
-    if start is None:
-        return {}
     found = settings_of(start, resolution)
     given = [name for name in found if context.get_parameter_source(name) != ParameterSource.DEFAULT]
     if given:
@@ -229,6 +232,7 @@ def load(
     device: torch.device,
     dataset: ImageDataset,
     conditional: bool,
+    start: NetworkFile | None = None,
 ) -> Material:
     """Load and check what the options of a training name.
 
@@ -240,6 +244,7 @@ def load(
         device: where to compute.
         dataset: the images.
         conditional: train a class-conditional network.
+        start: the file that the networks start from.
 
     Raises:
         InputError, SettingError: an option or file that does not fit; the message names it.
@@ -264,7 +269,9 @@ def load(
     )
     if evaluator is None and loop.stop_if_worse:
         raise InputError("`stop_if_worse` goes by the first metric, and there is none; give `metrics`")
-    return Material(kind, settings, loop, run, measure, seed, device, dataset, sources, kept, stream, evaluator, final)
+    return Material(
+        kind, settings, loop, run, measure, seed, device, dataset, sources, kept, stream, evaluator, final, start
+    )
 
 
 def note_absent_classes(dataset: ImageDataset) -> None:
@@ -390,12 +397,12 @@ def teacher(context, dry_run, device, **values):
     copied: list[Copied] = []
 
     def trainer_of(values: dict[str, Any], material: Material) -> TeacherTrainer:
-        config, start = make(TeacherConfig, values), open_start(values, "edm")
+        config = make(TeacherConfig, values)
         augment, seed = config.augment > 0, config.seed
-        if start is None:
+        if material.start is None:
             net = build(make(UNetConfig, values), **material.shape, augment=augment, seed=seed)
         else:
-            net, copied[:] = warm_start.teacher(start, **material.shape, augment=augment, seed=seed)
+            net, copied[:] = warm_start.teacher(material.start, **material.shape, augment=augment, seed=seed)
         net = net.to(material.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return TeacherTrainer(net, material.stream, config, material.loop.total_nimg)
 
@@ -450,9 +457,9 @@ def gan(context, dry_run, device, **values):
     copied: list[Copied] = []
 
     def trainer_of(values: dict[str, Any], material: Material) -> AdversarialTrainer:
-        config, sizes, start = make(AdversarialConfig, values), make(GanConfig, values), open_start(values, "stylegan2")
+        config, sizes = make(AdversarialConfig, values), make(GanConfig, values)
         made, copied[:] = adversarial.build(
-            sizes, config, **material.shape, data=material.stream, device=material.device, start=start
+            sizes, config, **material.shape, data=material.stream, device=material.device, start=material.start
         )
         return made
 
@@ -523,7 +530,7 @@ def features(dry_run, device, **values):
             raise InputError(f"held_out={files.held_out} has classes that data={files.data} lacks; give both the same")
 
     def images_and_classes(part: ImageDataset) -> tuple[np.ndarray, np.ndarray]:
-        return part.decode_all(), part.labels(np.arange(len(part))).argmax(axis=1)
+        return part.decode_all(), part.class_numbers()
 
     training, held_out = images_and_classes(dataset), None if test is None else images_and_classes(test)
     if dry_run:

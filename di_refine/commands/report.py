@@ -18,7 +18,7 @@ from di_refine.files.datasets import ImageDataset
 from di_refine.generators import NetworkSampler
 from di_refine.labels import LabelLaw
 from di_refine.metrics import compare
-from di_refine.runs import stopping
+from di_refine.runs import checkpoint, stopping
 from di_refine.runs.directory import RunDirectory
 from di_refine.runs.loop import Loop, Snapshot
 from di_refine.trainer import Trainer
@@ -47,7 +47,8 @@ def finish(job: Job, loop: Loop, trainer: Trainer, comparison: Comparison) -> No
         if distributed.is_first():
             _before_after(job, directory.files.before_after, loop, summaries, net)
             if job.subject.writes_diffusers:
-                diffusers_folder.save(job.snapshot(trainer), directory.files.diffusers)
+                with checkpoint.saving(directory.files.diffusers):
+                    diffusers_folder.save(job.snapshot(trainer), directory.files.diffusers)
                 directory.log(f"wrote {directory.files.diffusers}, which diffusers opens")
         return summaries
 
@@ -91,9 +92,10 @@ def _column_classes(law: LabelLaw) -> list[int] | None:
     """The class of each column; None where there are no classes."""
     if not (law.label_dim and law.has_classes):
         return None
-    present = law.present
-    step = len(present) / COLUMNS if len(present) > COLUMNS else 1
-    return [present[int(column * step) % len(present)] for column in range(COLUMNS)]
+    present, columns = law.present, range(COLUMNS)
+    if len(present) > COLUMNS:
+        return [present[column * len(present) // COLUMNS] for column in columns]
+    return [present[column % len(present)] for column in columns]
 
 
 def real_images(dataset: ImageDataset, law: LabelLaw, rows: int) -> np.ndarray:
@@ -104,7 +106,7 @@ def real_images(dataset: ImageDataset, law: LabelLaw, rows: int) -> np.ndarray:
     }
     if classes is None or not (dataset.has_labels and dataset.has_classes):
         return dataset.images(list(itertools.islice(members[None], rows * COLUMNS)))
-    of_images = dataset.labels(numbers).argmax(axis=1)
+    of_images = dataset.class_numbers()
     members |= {number: itertools.cycle(np.flatnonzero(of_images == number).tolist()) for number in set(classes)}
     return dataset.images([next(members[number], 0) for _ in range(rows) for number in classes])
 

@@ -386,10 +386,8 @@ class _Precond(torch.nn.Module):
         if self.parameterisation == "ve":
             return 1 / sigma**2
         c_out = self._coefficients(sigma.reshape(-1, 1, 1, 1))[1]
-        return (
-            1
-            / torch.as_tensor(c_out, dtype=sigma.dtype, device=sigma.device).expand(len(sigma), 1, 1, 1).flatten() ** 2
-        )
+        c_out = torch.as_tensor(c_out, dtype=sigma.dtype, device=sigma.device)
+        return 1 / c_out.expand(len(sigma), 1, 1, 1).flatten() ** 2
 
     def step(self, sigma: torch.Tensor) -> torch.Tensor:
         """Return the step, a fraction unless `whole_steps`, that belongs to each noise level; shaped as `sigma`."""
@@ -494,7 +492,7 @@ class DiffusersPrecond(_Precond):
         except ImportError:
             raise ImportError("it needs the library diffusers: pip install 'di-refine[diffusers]'") from None
         _check_arguments(unet)
-        model = UNet2DModel(**unet)
+        model: Any = UNet2DModel(**unet)
         if unet.get("time_embedding_type") == "fourier":
             # The frequencies are constants, which some releases keep under two names.
             frequencies = model.time_proj.weight.detach()

@@ -188,6 +188,11 @@ class ImageDataset:
             return self._labels.sum(axis=0, dtype=np.float64).astype(np.int64)
         return np.bincount(self._labels, minlength=self.label_dim)
 
+    def class_numbers(self) -> np.ndarray:
+        """Return the class of each image, int64 [len(self)]; needs `has_classes`."""
+        numbers = self._labels if self._labels.ndim == 1 else self._labels.argmax(axis=1)
+        return np.tile(numbers, 2) if self.mirror else numbers
+
     def label_law(self) -> LabelLaw:
         """Return the law that draws labels as often as images have them."""
         about: dict[str, Any] = {"names": self.class_names, "origin": DATASET, "where": str(self.path)}

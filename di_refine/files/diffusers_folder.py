@@ -15,7 +15,6 @@ import inspect
 import json
 import math
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,10 @@ import torch
 
 from di_refine import labels
 from di_refine.ddpm.networks import DiffusersPrecond
-from di_refine.files import torch_file
+from di_refine.files import hub, torch_file
 from torch_utils import persistence, safe_files
 from torch_utils.persistence import Blueprint, NetworkFormatError, printable
 
-INSTALL = "pip install 'di-refine[diffusers]'"
 KEY = "diffusers"  # of a network file: what a folder says besides the network
 _INDEX, _OURS = "model_index.json", "di-refine.json"
 _KEPT = (labels.KEY, "distilled_sigmas")  # of a network file, in our own JSON
@@ -169,16 +167,22 @@ def save(networks: dict[str, Any], path: str | os.PathLike) -> None:
                 (new / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         file = new / "unet" / f"{_WEIGHTS}.safetensors"
         safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+        old = Path(temporary) / "old"
         if folder.exists():
-            shutil.rmtree(folder)
-        new.rename(folder)
+            folder.rename(old)  # and not removed before there is another: a kill between leaves both
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
 
 
 def _library(folder: Path) -> Any:
     try:
         return importlib.import_module("diffusers")
     except ImportError:
-        raise NetworkFormatError(f"{folder} is a diffusers folder, which needs the library: {INSTALL}") from None
+        raise NetworkFormatError(f"{folder} is a diffusers folder, which needs the library: {hub.INSTALL}") from None
 
 
 def _json(path: Path) -> dict[str, Any]:

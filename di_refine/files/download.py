@@ -161,9 +161,13 @@ def _reason(error: "requests.RequestException") -> str:
 
 
 def sha256_of(path: str | os.PathLike) -> str:
-    """Return the SHA-256 of a file."""
+    """Return the SHA-256 of a regular file, in hexadecimal.
+
+    Raises:
+        OSError: it cannot be read, is none, or is larger than any network.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with safe_files.open_regular(path, safe_files.NETWORK_BYTES) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

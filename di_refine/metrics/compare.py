@@ -107,15 +107,11 @@ def table(summaries: Sequence[dict[str, Any]]) -> tuple[list[list[str]], list[st
         legend.append(f"+- is the standard deviation over {' or '.join(map(str, sorted(several)))} seeds")
     if any(cell.endswith("*") for cell in cells.values()):
         legend.append("* differs from the first row: 0 is outside of the 95% interval of the difference, seed by seed")
-    steps = {summary["source"]: summary.get("steps") for summary in summaries}
-    titles = {
-        source: short if steps[source] is None else f"{short}, {steps[source]} steps"
-        for source, short in zip(sources, short_names(sources))
-    }
-    rows, header = (
-        [[titles[source], *(cells.get((source, key), "") for key in keys)] for source in sources],
-        ["network", *keys],
-    )
+    steps = {summary["source"]: summary.get("steps") or 0 for summary in summaries}
+    counted = {source: f", {n} step{'s' if n > 1 else ''}" if n else "" for source, n in steps.items()}
+    titles = {source: short + counted[source] for source, short in zip(sources, short_names(sources))}
+    rows = [[titles[source], *(cells.get((source, key), "") for key in keys)] for source in sources]
+    header = ["network", *keys]
     drawn = {value for value in labels.values() if value is not None}
     if len(drawn) == 1:
         legend.append(f"labels: {drawn.pop()}")

@@ -1,6 +1,5 @@
 """Loading feature networks: the 2015 Inception, our small classifiers, any TorchScript, and plug-ins."""
 
-import hashlib
 import os
 import pickle
 import warnings
@@ -13,6 +12,7 @@ import torch
 
 from di_refine.errors import InputError
 from di_refine.files import foreign, registry
+from di_refine.files.download import sha256_of
 from di_refine.metrics import inception
 from di_refine.metrics.feature_net import INCEPTION, FeatureNet, Identity, other_name
 from di_refine.metrics.plugin import load_plugin
@@ -52,7 +52,7 @@ def load_detector(
         _check_allowed(allow_code, f"{setting}={source}", "a plug-in")
         return load_plugin(path, device)
     try:
-        digest = _sha256(path)
+        digest = sha256_of(path)
         if path.suffix == ".safetensors":
             safe_files.check_safetensors(path)
     except OSError as error:
@@ -220,11 +220,3 @@ def _is_torchscript(path: Path) -> bool:
             return any("/code/" in f"/{name}" or f"/{name}".endswith("/constants.pkl") for name in archive.namelist())
     except Exception:  # it is no archive, or a damaged one, of which zipfile raises a dozen kinds
         return False
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with safe_files.open_regular(path, safe_files.NETWORK_BYTES) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -110,6 +110,7 @@ class Evaluator:
             found[name] = self._statistics_of(data, self.detectors[name]) if isinstance(data, ImageDataset) else data
         return found
 
+    @functools.cached_property  # it reads whole data sets
     def identity(self) -> dict[str, Any]:
         """What the values depend on besides the sampler: metrics, feature networks and references, by their content."""
         nets = {str(name): net.identity.as_dict() for name, net in self.detectors.items()}

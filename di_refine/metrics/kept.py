@@ -26,7 +26,7 @@ def key(evaluator: Evaluator, sampler: Mapping[str, Any], seed: int) -> str:
         sampler: what the images depend on: the digest of the network's files, the labels, the steps, the device.
         seed: of the images.
     """
-    content = {"layout": LAYOUT, "evaluator": evaluator.identity(), "sampler": sampler, "seed": seed}
+    content = {"layout": LAYOUT, "evaluator": evaluator.identity, "sampler": sampler, "seed": seed}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 

@@ -6,6 +6,7 @@ FID: the judge is the trainer, so what the teacher does not know it does not see
 the teacher counts as worse. docs/metrics.md has how well it ranks snapshots.
 """
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -75,7 +76,7 @@ class TeacherReference:
     device: torch.device
     config: networks.Config | None = None
 
-    @property
+    @functools.cached_property  # it reads the whole file
     def settings(self) -> dict[str, Any]:
         """What the samples depend on."""
         return teacher_samples.sample_settings(self.path, self.num_images, STEPS, SEED, self.law, self.config)
@@ -88,8 +89,7 @@ class TeacherReference:
         """The samples, from the cache folder, or drawn into it by the first process."""
         path = teacher_samples.cached_path(self.path, self.settings, teacher_samples.REFERENCES)
         if distributed.is_first() and not teacher_samples.is_made(path, self.settings):
-            sampler = DiffusionSampler(self.net, self.device, STEPS, law=self.law)
-            sampler.name = str(self.path)
+            sampler = DiffusionSampler(self.net, self.device, STEPS, law=self.law, name=str(self.path))
             teacher_samples.sample(sampler, path, self.num_images, SEED, self.settings)
         distributed.barrier()
         return ImageDataset(path)
@@ -97,10 +97,9 @@ class TeacherReference:
     def detector(self) -> FeatureNet:
         """The feature network."""
         model = cast(Denoiser, self.net)
-        encoder = Encoder(self.net).eval()
+        encoder, size = Encoder(self.net).to(self.device).eval(), model.img_resolution
         with torch.no_grad():
-            size = model.img_resolution
-            width = encoder(torch.zeros([1, model.img_channels, size, size])).shape[1]
+            width = encoder(torch.zeros([1, model.img_channels, size, size], device=self.device)).shape[1]
         digest = self.settings["teacher_sha256"][:16]
         identity = Identity(TEACHER, digest, size, "antialiased-bilinear", width, None)
         return FeatureNet(encoder, identity, model.img_channels, device=self.device, path=self.path)

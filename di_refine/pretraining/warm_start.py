@@ -185,6 +185,7 @@ def settings_of(file: NetworkFile, resolution: int) -> dict[str, Any]:
             "channel_max": synthesis.get("channel_max", 512),
             "mapping_layers": mapping.get("num_layers", 8),
             "g_arch": synthesis.get("architecture", "skip"),
+            "fp16_res": synthesis.get("num_fp16_res", 0),
         }
         if other:
             found["d_arch"] = other.get("architecture", "resnet")

@@ -59,7 +59,9 @@ def test_width_and_height_are_the_resolution_where_there_is_no_width():
 @pytest.mark.parametrize("word", ["--gpus=8", "--duration=200", "--ema=0.5", "--cfg=auto", "--subset=100"])
 def test_what_means_something_else_is_said(word):
     with pytest.raises(InputError, match=word):
-        aliases.ours([word], OPTIONS, FLAGS)
+        aliases.ours([word], OPTIONS | {"--kimg"}, FLAGS)
+    if not word.startswith("--gpus"):  # what to give instead is of no use where nothing is trained
+        assert aliases.ours([word], OPTIONS, FLAGS) == [word]
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -86,6 +88,7 @@ def test_edms_latents_give_edms_images(tmp_path):
     arguments = [f"--network={path}", "--seeds=3,7", "--steps=4", "--latents=edm", "--subdirs", f"--outdir={tmp_path}"]
     done = CliRunner().invoke(generate, [*arguments, "--S_churn=2", "--device=cpu"])
     assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout.splitlines()[-1])["labels"] == "edm" and "as EDM's tool draws them" in done.stderr
     net = persistence.load(path)["ema"].eval()
     z, labels = edm_latents([3, 7], (1, 16, 16), 10)
     for i, seed in enumerate((3, 7)):
@@ -119,6 +122,8 @@ def test_projected_w(tmp_path):
     for i in range(2):
         drawn = np.asarray(Image.open(tmp_path / "out" / f"proj{i:02d}.png")).astype(int)
         assert np.abs(drawn - expected[i, 0].numpy().astype(int)).max() <= 1
+    done = CliRunner().invoke(generate, [*arguments, f"--projected-w={tmp_path / 'w.npz'}", "--trunc=0.5"])
+    assert done.exit_code == 2 and "--projected-w has its own w" in done.stderr
     np.savez(tmp_path / "z.npz", z=w[0])
     np.savez(tmp_path / "bad.npz", w=w[0])
     for name, words in (("z.npz", "holds z, and w [N, "), ("bad.npz", "holds w ["), ("none.npz", "cannot be read")):

@@ -31,14 +31,14 @@ def cache(tmp_path, monkeypatch):
 def teacher(request, tmp_path):
     """A teacher of 10 classes at 8x8, and the options that name it."""
     if request.param == "diffusers":
-        pytest.importorskip("diffusers")
+        pytest.importorskip("diffusers", reason="needs the optional package diffusers")
         return [f"--teacher={FOLDER}"]
     (tmp_path / "flags.json").write_text(json.dumps(FLAGS))
     return [f"--teacher={ADM}", f"--teacher-config={tmp_path / 'flags.json'}"]
 
 
 SHORT = ["--kimg=0.016", "--batch=4", "--score-warmup=0.004", "--ema-kimg=0.01", "--lr=1e-3"]
-SHORT += ["--tick=0.004", "--snap=1", "--device=cpu"]
+SHORT += ["--tick=0.004", "--snap=1", "--device=cpu", "--metrics=none"]
 
 
 def invoke(module, *arguments):
@@ -70,6 +70,13 @@ def test_refining_and_resuming(teacher, tmp_path):
     assert record["classes"] == 10 and record["teacher_parameters"] == parameters
 
 
+def test_it_judges_where_there_is_no_other_metric(teacher, tmp_path):
+    options = [f"--network={G_COND}", *teacher, *SHORT[:-1], f"--outdir={tmp_path}"]
+    assert good(refine, *options, "--dry-run")["metrics"] == ["fd1k@teacher"]
+    run = good(refine, *options, "--metrics=fd16@teacher", "--kimg=0.008", "--final-seeds=1")
+    assert run["metric"] == "fd16@teacher" and 0 < run["teacher"] < run["original"]
+
+
 def test_a_density_ratio_of_its_samples(teacher, tmp_path):
     made = good(sample_teacher, *teacher, "--num=64", "--steps=2", "--device=cpu")
     assert (made["resolution"], made["classes"]) == (8, 10)
@@ -93,7 +100,7 @@ def test_distilling(teacher, tmp_path):
         again = load_denoiser(target, FLAGS)
         assert equal(again.unet, file.average.unet)
         return
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="needs the optional package diffusers")
     folder = Path(run["run_dir"]) / "diffusers"
     again = networks.load(folder)
     assert again.kind == networks.DISTILLED and again.sigmas == [2.5] and equal(again.average, file.average)
@@ -163,8 +170,8 @@ def test_only_what_came_from_a_kind_is_written_as_it(tmp_path):
 
 
 def test_a_generator_of_one_step_as_onnx(teacher, tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime", reason="needs the optional package onnxruntime")
+    pytest.importorskip("onnxscript", reason="needs the optional package onnxscript")
     if torch.__version__ < onnx_export.OLDEST_TORCH:
         pytest.skip("the exporter of this PyTorch is too old")
     source = [option.replace("--teacher", "--source") for option in teacher]

@@ -134,8 +134,8 @@ def test_a_distilled_network_keeps_it_too_and_so_do_all_forms_of_files(made, tmp
 
 
 def test_onnx_says_the_names(made, tmp_path):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
+    onnx = pytest.importorskip("onnx", reason="needs the optional package onnx")
+    pytest.importorskip("onnxscript", reason="needs the optional package onnxscript")
     report(convert, f"--source={made['gan']}", f"--dest={tmp_path / 'net.onnx'}")
     found = {item.key: item.value for item in onnx.load(tmp_path / "net.onnx").metadata_props}
     assert json.loads(found["label_classes"]) == list(COUNTS)

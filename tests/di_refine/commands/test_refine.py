@@ -90,7 +90,7 @@ def test_result_and_run_directory(measured):
     assert report["metric"] == "fd1k_full@toy"
     assert {"original", "refined", "best", "teacher", "run_dir", "snapshot", "images_per_sec"} <= set(report)
     rows = [line.split("  ")[0] for line in stdout.splitlines()[2:6]]
-    assert rows == ["original", "refined (last)", "refined (best)", "teacher, 1 steps"]
+    assert rows == ["original", "refined (last)", "refined (best)", "teacher, 1 step"]
     assert len(report["change_interval"]) == 2 and len(report["verdict"]) >= 1
 
     run = Path(report["run_dir"])
@@ -311,6 +311,7 @@ def broken(tmp_path, kind):
         ({"objective": "f-js", "data": "digits-16x16.zip"}, ["--data", "16x16", "32x32"]),
         ({"objective": "sid", "alpha": 0}, ["--alpha", "x<=2"]),
         ({"objective": "sid", "alpha": 2.5}, ["--alpha", "x<=2"]),
+        ({"metrics": None, "ref": "digits-16x16.zip"}, ["--ref", "give --metrics"]),
         ({"tmax": 500}, ["--tmax=500", "--sigma-dist=edm-grid"]),
         ({"data": "digits-16x16.zip"}, ["--data", "--objective=ikl", "leave it out"]),
         ({"tmax": 1001}, ["--tmax", "x<=1000"]),

@@ -80,7 +80,7 @@ def test_adm(name, prefix):
 @pytest.mark.parametrize("name", STEPPED)
 @torch.no_grad()
 def test_diffusers_steps(name):
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="needs the optional package diffusers")
     net = load_denoiser(DIFFUSERS / name)
     _, arrays = golden(DIFFUSERS / f"{name}.npz")
     labels = torch.eye(10)[arrays["class_labels"]] if "class_labels" in arrays else None
@@ -100,7 +100,7 @@ def test_diffusers_steps(name):
 
 @torch.no_grad()
 def test_diffusers_edm():
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="needs the optional package diffusers")
     _, arrays = golden(DIFFUSERS / "edm-epsilon.npz")
     net = load_denoiser(DIFFUSERS / "edm-epsilon")
     assert_near(net(arrays["x"], arrays["sigma"]), arrays["denoised"])
@@ -111,7 +111,7 @@ def test_diffusers_edm():
 
 @torch.no_grad()
 def test_diffusers_score_of_images_between_0_and_1():
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="needs the optional package diffusers")
     _, arrays = golden(DIFFUSERS / "score-sde-ve.npz")
     net = load_denoiser(DIFFUSERS / "score-sde-ve")
     assert (net.sigma_min, net.sigma_max) == (0.02, 100)
@@ -159,7 +159,7 @@ def teachers():
 @pytest.mark.parametrize("make", list(teachers()))
 def test_a_network_pickle_keeps_them(make, tmp_path, request):
     if "diffusers" in request.node.name:
-        pytest.importorskip("diffusers")
+        pytest.importorskip("diffusers", reason="needs the optional package diffusers")
     net = make()
     x, labels = torch.randn(3, 3, 8, 8), torch.eye(10)[:3]
     with torch.no_grad():
@@ -180,7 +180,7 @@ def test_a_network_pickle_keeps_them(make, tmp_path, request):
 def test_what_training_asks_of_a_network(make, request):
     """Gradients to the input and to itself, in bfloat16 as well, an encoder, blocks that are computed again."""
     if "diffusers" in request.node.name:
-        pytest.importorskip("diffusers")
+        pytest.importorskip("diffusers", reason="needs the optional package diffusers")
     net = make().train().requires_grad_(True)
     x, sigma, labels = torch.randn(2, 3, 8, 8, requires_grad=True), torch.tensor([0.3, 2.0]), torch.eye(10)[:2]
 
@@ -237,7 +237,7 @@ def test_the_loss_weighs_what_the_network_puts_out(flags, expected):
 def test_the_loss_of_other_parameterisations():
     sigma = torch.tensor([0.1, 1.0, 30.0])
     torch.testing.assert_close(loss_weight(adm("cm-imagenet64"), sigma), edm_weight(sigma, 0.5))
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="needs the optional package diffusers")
     v = load_denoiser(DIFFUSERS / "ddim-v-scaled-class")
     torch.testing.assert_close(loss_weight(v, sigma), 1 + 1 / sigma**2)
     torch.testing.assert_close(loss_weight(load_denoiser(DIFFUSERS / "score-sde-ve"), sigma), 1 / sigma**2)

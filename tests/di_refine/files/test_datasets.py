@@ -130,6 +130,9 @@ def test_named_classes_count_though_the_last_have_no_image(tmp_path):
         dataset = ImageDataset(write(tmp_path / f"{len(expected)}.zip", files))
         assert dataset.class_names == expected and dataset.label_dim == max(len(expected), 2)
         assert dataset.class_counts().tolist() == [1, 1, 0][: dataset.label_dim]
+        twice = ImageDataset(dataset.path, mirror=True)
+        for part in (dataset, twice):
+            assert part.class_numbers().tolist() == part.labels(np.arange(len(part))).argmax(axis=1).tolist()
 
 
 @pytest.mark.parametrize("kind", ["zip", "folder"])

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from di_refine.denoisers import load_denoiser
 from di_refine.errors import InputError
 from di_refine.files import diffusers_folder, networks
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="needs the optional package diffusers")
 FOLDERS = GOLDEN / "diffusers"
 INDEX, UNET, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -220,3 +221,23 @@ def test_without_the_library(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(InputError, match=r"which needs the library: pip install 'di-refine\[diffusers\]'"):
         load_denoiser(folder)
+
+
+def test_a_folder_is_there_until_another_takes_its_place(folder, tmp_path, monkeypatch):
+    held = networks.load(folder).networks
+    rename = Path.rename
+
+    def failing(path, target):
+        if target == folder and path.name == folder.name:
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    before = sorted(path.name for path in folder.iterdir())
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="No space left"):
+        diffusers_folder.save(held, folder)
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name], "nothing half-written is left"
+    monkeypatch.undo()
+    diffusers_folder.save(held, folder)
+    assert torch.equal(outputs(load_denoiser(folder)), outputs(held["ema"]))

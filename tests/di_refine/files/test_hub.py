@@ -9,7 +9,7 @@ from di_refine.errors import InputError
 from di_refine.files import networks, registry
 from di_refine.files.hub import short_name
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="needs the optional package diffusers")
 COMMIT = "0" * 40
 
 

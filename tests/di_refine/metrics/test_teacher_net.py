@@ -98,7 +98,7 @@ def test_an_evaluator_measures_by_the_teacher(reference):
     (a,), (b,) = evaluator(near, seed=1), evaluator(Noise(), seed=1)
     assert 0 < a.value < b.value / 10
     assert a.detector.name == "teacher" and a.reference["count"] == 48
-    assert evaluator.identity()["references"] == {"teacher": reference.content_hash()}
+    assert evaluator.identity["references"] == {"teacher": reference.content_hash()}
     with pytest.raises(InputError, match="give `teacher`"):
         Evaluator(["fd48@teacher"])
 
@@ -110,5 +110,7 @@ def test_the_command_takes_the_networks_own_teacher_or_another(reference):
     named = CliRunner().invoke(main, [f"--network={NETWORK}", f"--teacher={TEACHER}", *options])
     values = [json.loads(result.stdout.splitlines()[-1])["results"][0]["results"] for result in (own, named)]
     assert values[0] == values[1] and values[0]["fd48@teacher"] > 0
+    other = CliRunner().invoke(main, [f"--network={NETWORK}", f"--teacher={TEACHER}", "--metrics=acc1k@digits"])
+    assert other.exit_code == 2 and "--teacher is for metrics such as fd5k@teacher" in other.stderr
     folder = CliRunner().invoke(main, [f"--images={reference.draw().path}", *options])
     assert folder.exit_code == 2 and "give --teacher" in folder.stderr

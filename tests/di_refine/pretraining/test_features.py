@@ -12,7 +12,7 @@ from di_refine.pretraining.features import AUGMENTATIONS, train_features
 @pytest.fixture(scope="module")
 def digits():
     """1,797 handwritten digits, uint8 [N, 1, 16, 16], and their classes."""
-    data = pytest.importorskip("sklearn.datasets").load_digits()
+    data = pytest.importorskip("sklearn.datasets", reason="needs the optional package sklearn").load_digits()
     images = data.images.repeat(2, axis=1).repeat(2, axis=2)
     return np.round(images * 255 / 16).astype(np.uint8)[:, None], data.target
 

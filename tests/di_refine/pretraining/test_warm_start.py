@@ -154,6 +154,7 @@ def test_a_stop_between_changes_nothing(folder, tmp_path):
     ("kind", "data", "options", "start", "words"),
     [
         ("gan", "same", ["--z-dim=16"], None, "--z-dim comes from --start-from="),
+        ("gan", "same", ["--fp16-res=2"], None, "--fp16-res comes from --start-from="),
         ("teacher", "same", ["--width=16"], None, "--width comes from --start-from="),
         ("teacher", "same", [], "gan.pkl", "is a StyleGAN2 generator"),
         ("gan", "same", [], "edm.pkl", "is a diffusion model"),

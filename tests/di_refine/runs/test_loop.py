@@ -619,7 +619,9 @@ def test_workers_that_decode_images_outlive_the_signals(tmp_path):
 
 def events(path):
     """(name, step) -> value, as TensorBoard shows it."""
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs the optional package tensorboard"
+    )
     accumulator = event_accumulator.EventAccumulator(str(path), purge_orphaned_data=True)
     accumulator.Reload()
     found = [
@@ -631,7 +633,7 @@ def events(path):
 
 
 def test_tensorboard_and_jsonl_agree_also_after_a_kill(tmp_path):
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorboard", reason="needs the optional package tensorboard")
 
     def die():
         raise SystemError("as if killed")
