@@ -405,7 +405,7 @@ def _grid(
         panels.append((title, sampler(0, count, config.seed)[0]))
     if len(panels) == 1:
         images = panels[0][1]
-        pictures.save_grid(grid, images, scale=max(1, 32 // images.shape[-1]))
+        pictures.save_grid(grid, images, scale=pictures.enlargement(images.shape[-1]))
     else:
         pictures.save_side_by_side(grid, panels)
     return {"grid": grid}

@@ -261,6 +261,15 @@ class IntegerList(click.ParamType):
             self.fail(f"{value!r} is not a list of numbers and ascending ranges such as 0-63 or 1,5,8-10.", param, ctx)
 
 
+class NumberList(click.ParamType):
+    """Finite numbers: '0,0.5,-1'."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        return [Number().convert(part, param, ctx) for part in value.split(",")] if isinstance(value, str) else value
+
+
 def parse_list(text: str) -> list[int]:
     """'1,5,8-10' -> [1, 5, 8, 9, 10], in the order given.
 
@@ -284,13 +293,19 @@ NON_NEGATIVE_INT = Integer(minimum=0)
 POSITIVE_NUMBER = Number(above=0)
 NON_NEGATIVE_NUMBER = Number(minimum=0)
 INT_LIST = IntegerList()
+NUMBER_LIST = NumberList()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Devices and places to write
 
 class_option = click.option(
-    "--class", "label", cls=Option, metavar="NUMBER|NAME", help="Draw images of this class alone, by number or name."
+    "--class",
+    "label",
+    cls=Option,
+    group="What",
+    metavar="NUMBER|NAME",
+    help="Draw images of this class alone, by number or name.",
 )
 
 dry_run_option = click.option(

@@ -18,6 +18,7 @@ EXTRAS = {
     "datasets": (("sklearn",), "dataset_tool.py reads scikit-learn's digits"),
     "plots": (("matplotlib",), "curves are drawn"),
     "diffusers": (("diffusers",), "folders of diffusers and hf:org/name can teach"),
+    "video": (("imageio_ffmpeg",), "generate.py writes films as MP4, too"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "python -m di_refine convert writes ONNX"),
 }
 """The optional dependencies of the package: modules, and what they give."""

@@ -114,7 +114,7 @@ def real_images(dataset: ImageDataset, law: LabelLaw, rows: int) -> np.ndarray:
 def save_class_grid(path: Path, sampler: NetworkSampler) -> None:
     """Write `class_grid` as a picture in which small images are enlarged; what is slow has fewer rows."""
     samples, titles = class_grid(sampler, seconds=DRAWING_SECONDS)
-    pictures.save_grid(path, samples, COLUMNS, scale=max(1, 32 // sampler.resolution), titles=titles)
+    pictures.save_grid(path, samples, COLUMNS, scale=pictures.enlargement(sampler.resolution), titles=titles)
 
 
 def _before_after(job: Job, path: Path, loop: Loop, summaries: list[dict[str, Any]], net: torch.nn.Module) -> None:

@@ -58,6 +58,11 @@ def grid_columns(count: int, columns: int | None = None) -> int:
     return min(columns or math.ceil(math.sqrt(count)), count)
 
 
+def enlargement(resolution: int, pixels: int = 32) -> int:
+    """Return the whole-number enlargement with which small images can be seen: they come to at most `pixels`."""
+    return max(1, pixels // resolution)
+
+
 def make_grid(images: Images, columns: int | None = None, scale: int = 1, gap: int = 0) -> np.ndarray:
     """Arrange images row by row on white.
 
@@ -86,7 +91,7 @@ def make_grid(images: Images, columns: int | None = None, scale: int = 1, gap: i
 
 def save_png(path: str | os.PathLike, image: Images) -> None:
     """Write one picture [C, H, W] as a PNG, atomically; its folder must exist."""
-    _save(path, _to_pillow(_pixels(image)))
+    _save(path, to_pillow(_pixels(image)))
 
 
 def save_grid(
@@ -99,21 +104,24 @@ def save_grid(
 ) -> None:
     """Write `make_grid(...)`, with titles of columns or rows, as a PNG, atomically; its folder must exist."""
     step = images.shape[-1] * scale + gap
-    _save(path, _titled(_to_pillow(make_grid(images, columns, scale, gap)), titles, step))
+    _save(path, _titled(to_pillow(make_grid(images, columns, scale, gap)), titles, step))
 
 
-def save_side_by_side(
-    path: str | os.PathLike,
+def save_side_by_side(path: str | os.PathLike, panels: Sequence[tuple[str, Images]], **layout) -> None:
+    """Write `side_by_side(panels, **layout)` as a PNG, atomically; its folder must exist."""
+    _save(path, side_by_side(panels, **layout))
+
+
+def side_by_side(
     panels: Sequence[tuple[str, Images]],
     columns: int | None = None,
     scale: int | None = None,
     width: int = 320,
     titles: Titles = ((), ()),
-) -> None:
-    """Write a figure that compares sets of images: a grid each, next to each other, each under its title.
+) -> Image.Image:
+    """Return a figure that compares sets of images: a grid each, next to each other, each under its title.
 
     Args:
-        path: the PNG to write, atomically; its folder must exist.
         panels: (title, images) pairs, left to right; text after a line break in the title is a smaller second line.
         columns: images per row within each panel; by default about as many as rows.
         scale: whole-number enlargement of the pixels; by default what brings a panel nearest to `width`.
@@ -125,8 +133,8 @@ def save_side_by_side(
     for _, images in panels:
         per_row = grid_columns(len(images), columns)
         enlarge = scale or max(1, round((width - gap * (per_row - 1)) / (per_row * images.shape[-1])))
-        grid = _to_pillow(make_grid(images, per_row, enlarge, gap))
-        grids.append(_on_paper(_titled(grid, titles, images.shape[-1] * enlarge + gap)))
+        grid = to_pillow(make_grid(images, per_row, enlarge, gap))
+        grids.append(on_paper(_titled(grid, titles, images.shape[-1] * enlarge + gap)))
 
     headings = [title.split("\n") for title, _ in panels]
     fonts = [ImageFont.load_default(size) for size in (18, 14)]
@@ -147,7 +155,7 @@ def save_side_by_side(
             draw.text((centre, margin + line_height * (row + 0.5)), text, fill=ink, font=font, anchor="mm")
         figure.paste(grid, (left + (panel_width - grid.width) // 2, top))
         left += panel_width + 2 * margin
-    _save(path, figure)
+    return figure
 
 
 def is_drawable(text: str) -> bool:
@@ -178,7 +186,7 @@ def _titled(grid: Image.Image, titles: Titles, step: int) -> Image.Image:
     top = max((label.height for label, _ in across), default=0)
     left = max((label.width for label, _ in labels[1]), default=0)
     paper = Image.new("RGB", (left + grid.width, top + grid.height), PAPER)
-    paper.paste(_on_paper(grid), (left, top))
+    paper.paste(on_paper(grid), (left, top))
     for label, middle in across:
         paper.paste(label, (left + middle - label.width // 2, top - label.height))
     for label, middle in labels[1]:
@@ -216,7 +224,8 @@ def _pixels(images: Images) -> np.ndarray:
     return images.cpu().numpy()
 
 
-def _to_pillow(picture: np.ndarray) -> Image.Image:
+def to_pillow(picture: np.ndarray) -> Image.Image:
+    """Return a uint8 picture [C, H, W] as Pillow's."""
     if picture.ndim != 3 or picture.shape[0] not in MODES:
         raise ValueError(f"expected a picture [1 to 4, H, W], got shape {list(picture.shape)}")
     if picture.shape[0] == 1:
@@ -224,7 +233,7 @@ def _to_pillow(picture: np.ndarray) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
 
 
-def _on_paper(picture: Image.Image) -> Image.Image:
+def on_paper(picture: Image.Image) -> Image.Image:
     """Return a picture in RGB; what is transparent in it shows white."""
     if picture.mode not in ("LA", "RGBA"):
         return picture.convert("RGB")

@@ -92,5 +92,6 @@ def test_extras_are_those_of_the_package():
     extras = dict(re.findall(r"^(\w+) = (\[.*\])$", section, re.M))
     assert set(doctor.EXTRAS) == set(extras) - {"dev", "docs"}
     for name, (modules, _) in doctor.EXTRAS.items():
-        packages = [re.split(r"[<>=]", item)[0].replace("scikit-learn", "sklearn") for item in json.loads(extras[name])]
-        assert tuple(packages) == modules
+        packages = [re.split(r"[<>=]", item)[0] for item in json.loads(extras[name])]
+        imported = [name.replace("scikit-learn", "sklearn").replace("-", "_") for name in packages]
+        assert tuple(imported) == modules

@@ -31,8 +31,10 @@ def test_pictures_depend_on_the_seed_alone(tmp_path, network, size):
     assert first.exit_code == 0, first.stderr
     assert json.loads(first.stdout.splitlines()[-1])["images"] == 5
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"grid.png", *(f"seed{i:04d}.png" for i in range(5))}
-    assert pixels(tmp_path / "a/grid.png").shape == (size, 5 * size, 3)
-    assert np.array_equal(pixels(tmp_path / "a/grid.png")[:, size : 2 * size], pixels(tmp_path / "a/seed0001.png"))
+    assert pixels(tmp_path / "a/grid.png").shape == (32, 5 * 32, 3)  # small pictures are enlarged
+    assert np.array_equal(
+        pixels(tmp_path / "a/grid.png")[:: 32 // size, 32 : 64 : 32 // size], pixels(tmp_path / "a/seed0001.png")
+    )
 
     second = generate(*common, f"--outdir={tmp_path / 'b'}", "--seeds=3", "--no-grid")
     assert second.exit_code == 0 and [p.name for p in (tmp_path / "b").iterdir()] == ["seed0003.png"]
@@ -105,5 +107,5 @@ def test_the_grid_has_a_limit(tmp_path, monkeypatch):
         f"--network={CASES / 'rgba.pkl'}", f"--outdir={tmp_path}", "--seeds=0-8", "--batch=2", "--columns=5"
     )
     assert result.exit_code == 0 and "note: the grid shows the first 5 of 9 images" in result.stderr
-    size = Image.open(tmp_path / "seed0008.png").width
-    assert Image.open(tmp_path / "grid.png").size == (5 * size, size)
+    assert Image.open(tmp_path / "seed0008.png").size == (8, 8)
+    assert Image.open(tmp_path / "grid.png").size == (5 * 32, 32)

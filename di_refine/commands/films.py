@@ -1,0 +1,212 @@
+"""Films of a walk through the latent space, and sheets: one picture in which rows and columns each change one thing."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.interpolate import CubicSpline
+
+from di_refine.errors import InputError
+from di_refine.files import pictures
+from di_refine.generators import NetworkSampler, StyleGAN2Generator, latents
+
+Titled = tuple[torch.Tensor, pictures.Titles]
+"""Images `[rows * columns, C, R, R]`, uint8 on the CPU, and the titles of columns and rows."""
+
+TILE, CELL = 128, 64
+"""Pixels to which small images are enlarged in a film and in a sheet."""
+
+
+def stylegan2(sampler: NetworkSampler, option: str, network: str) -> StyleGAN2Generator:
+    """The StyleGAN2 generator of a sampler.
+
+    Raises:
+        InputError: naming the option that needs one, where the network is none.
+    """
+    generator = getattr(sampler, "generator", None)
+    if not isinstance(generator, StyleGAN2Generator):
+        raise InputError(f"{option} is for StyleGAN2 generators, and {network} is none")
+    return generator
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Walks
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A closed walk from seed to seed, by several pictures at once, each of which keeps one label.
+
+    Attributes:
+        seeds: what is visited; picture t visits every `tiles`-th seed from the t-th on.
+        tiles: how many pictures there are.
+        frames: how many there are from a seed to the next.
+        space: 'z' turns latents on their sphere; 'w' draws a smooth curve (a periodic cubic spline) through the w of a
+            StyleGAN2 generator; None is the latter where there is one.
+    """
+
+    seeds: Sequence[int]
+    tiles: int = 1
+    frames: int = 25
+    space: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.seeds) % self.tiles or len(self.seeds) < 2 * self.tiles:
+            raise InputError(
+                f"--video: each of the {self.tiles} walks visits as many seeds, at least two, and --seeds gives "
+                f"{len(self.seeds)}; give a multiple of {self.tiles}, or change --tiles"
+            )
+
+    def __len__(self) -> int:
+        return self.frames * (len(self.seeds) // self.tiles)
+
+    def images(self, sampler: NetworkSampler, labels: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield each frame's images, uint8 `[tiles, C, R, R]` on the CPU, for labels `[tiles, label_dim]`."""
+        z = latents(list(self.seeds), sampler.latent_shape).unflatten(0, (-1, self.tiles))  # [stations, tiles, ...]
+        has_w = isinstance(getattr(sampler, "generator", None), StyleGAN2Generator)
+        in_w = has_w if self.space is None else self.space == "w"
+        draw = _drawing_w(sampler, z, labels) if in_w else _drawing_z(sampler, z, labels)
+        for frame in range(len(self)):
+            yield pictures.to_uint8(draw(frame / self.frames)).cpu()
+
+
+def _drawing_z(sampler: NetworkSampler, z: torch.Tensor, labels: torch.Tensor) -> Callable[[float], torch.Tensor]:
+    """Images at a position in [0, stations), of which the whole numbers are the stations."""
+
+    def draw(position: float) -> torch.Tensor:
+        station = int(position)
+        between = slerp(z[station], z[(station + 1) % len(z)], position - station)
+        return sampler.images([], labels, z=between)
+
+    return draw
+
+
+def _drawing_w(sampler: NetworkSampler, z: torch.Tensor, labels: torch.Tensor) -> Callable[[float], torch.Tensor]:
+    """As `_drawing_z`, on a curve through the w of a StyleGAN2 generator."""
+    generator = stylegan2(sampler, "--walk=w", sampler.name)
+    c = labels.to(sampler.device)
+    with torch.inference_mode():
+        ws = torch.stack(
+            [generator.net.mapping(at.to(sampler.device), c, truncation_psi=generator.truncation_psi) for at in z]
+        )
+    stations = ws.cpu().double().numpy()
+    curve = CubicSpline(np.arange(len(z) + 1), np.concatenate([stations, stations[:1]]), bc_type="periodic")
+    return lambda position: synthesize(sampler, generator, torch.from_numpy(curve(position)).float())
+
+
+@torch.inference_mode()
+def synthesize(sampler: NetworkSampler, generator: StyleGAN2Generator, ws: torch.Tensor) -> torch.Tensor:
+    """Images `[N, C, R, R]` of w `[N, layers, w_dim]`; random noise inputs are the same each time."""
+    with torch.random.fork_rng(devices=[sampler.device] if sampler.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return generator.net.synthesis(ws.to(sampler.device), noise_mode=generator.noise_mode)
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    """Turn latents `[N, ...]` into others by the part t of the angle between them (Shoemake, SIGGRAPH 1985).
+
+    The length goes straight from one to the other, so unit normals stay as long as unit normals are.
+    """
+    lengths = [x.flatten(1).norm(dim=1) for x in (a, b)]
+    u, v = (x.flatten(1) / length[:, None] for x, length in zip((a, b), lengths))
+    angle = (u * v).sum(dim=1, keepdim=True).clamp(-1, 1).acos().clamp(min=1e-4)  # equal latents stay as they are
+    direction = (torch.sin((1 - t) * angle) * u + torch.sin(t * angle) * v) / torch.sin(angle)
+    length = (1 - t) * lengths[0] + t * lengths[1]
+    return (length[:, None] * direction).reshape(a.shape)
+
+
+def frames(walk: Walk, samplers: Sequence[tuple[str, NetworkSampler]], columns: int) -> Iterator[Image.Image]:
+    """The pictures of a film: a grid of one network's images, or of several networks', each under its title.
+
+    Raises:
+        InputError: networks do not have the same latents and classes.
+    """
+    first = samplers[0][1]
+    for title, sampler in samplers[1:]:
+        if (sampler.latent_shape, sampler.label_dim) != (first.latent_shape, first.label_dim):
+            raise InputError(f"--beside: {title} has other latents or classes, so it cannot walk the same way")
+    labels = first.law.in_turn(walk.seeds[: walk.tiles])
+    return _frames(walk, samplers, columns, labels)
+
+
+def _frames(walk, samplers, columns, labels) -> Iterator[Image.Image]:
+    for images in zip(*(walk.images(sampler, labels) for _, sampler in samplers)):
+        if len(samplers) == 1:
+            scale = pictures.enlargement(images[0].shape[-1], TILE)
+            yield pictures.to_pillow(pictures.make_grid(images[0], columns, scale))
+        else:
+            panels = [(title, shown) for (title, _), shown in zip(samplers, images)]
+            yield pictures.side_by_side(panels, columns, scale=pictures.enlargement(images[0].shape[-1], TILE // 2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sheets
+
+
+def truncations(sampler: NetworkSampler, network: str, seeds: list[int], psis: Sequence[float]) -> Titled:
+    """Each seed in a row, each truncation psi in a column; see `NetworkSampler` and `StyleGAN2Generator`."""
+    generator = stylegan2(sampler, "--psis", network)
+    labels, before, columns = sampler.law.in_turn(seeds), generator.truncation_psi, []
+    try:
+        for psi in psis:
+            generator.truncation_psi = psi
+            columns.append(sampler.images(seeds, labels))
+    finally:
+        generator.truncation_psi = before
+    return _rows_first(columns), ([f"psi {psi:g}" for psi in psis], _seed_titles(seeds))
+
+
+def classes(sampler: NetworkSampler, network: str, seeds: list[int]) -> Titled:
+    """Each seed in a row, each class that is drawn in a column."""
+    law = sampler.law
+    if not (law.label_dim and law.has_classes):
+        raise InputError(f"--each-class: {network} has no classes")
+    table = torch.eye(law.label_dim)
+    columns = [sampler.images(seeds, table[number].expand(len(seeds), -1)) for number in law.present]
+    names = [law.title(number) for number in law.present]
+    if not all(map(pictures.is_drawable, names)):
+        names = [str(number) for number in law.present]
+    return _rows_first(columns), (names, _seed_titles(seeds))
+
+
+def style_mixing(
+    sampler: NetworkSampler, network: str, seeds: list[int], others: list[int], layers: Sequence[int] | None
+) -> Titled:
+    """Each seed in a row; each column takes the w of some layers from another seed (arXiv 1812.04948, section 3.1).
+
+    The first row and column are the seeds by themselves; the corner is white. None for layers is their first half.
+    """
+    generator = stylegan2(sampler, "--mix", network)
+    if layers is None:
+        layers = range(generator.net.num_ws // 2)
+    elif max(layers) >= generator.net.num_ws:
+        raise InputError(f"--mix-layers: {network} has the layers 0 to {generator.net.num_ws - 1}")
+
+    @torch.inference_mode()
+    def mapped(of: list[int]) -> torch.Tensor:
+        z, labels = latents(of, sampler.latent_shape), sampler.law.in_turn(of)
+        return generator.net.mapping(
+            z.to(sampler.device), labels.to(sampler.device), truncation_psi=generator.truncation_psi
+        )
+
+    ws, from_others = mapped(seeds), mapped(others)
+    columns = [synthesize(sampler, generator, ws)]
+    for styles in from_others:
+        mixed = ws.clone()
+        mixed[:, list(layers)] = styles[list(layers)]
+        columns.append(synthesize(sampler, generator, mixed))
+    alone = synthesize(sampler, generator, from_others)
+    top = torch.cat([torch.ones_like(alone[:1]), alone])
+    images = torch.cat([pictures.to_uint8(top).cpu(), _rows_first(columns)])
+    return images, (["", *_seed_titles(others)], ["", *_seed_titles(seeds)])
+
+
+def _rows_first(columns: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Columns `[rows, C, R, R]` as the images of a grid, row by row, uint8 on the CPU."""
+    return pictures.to_uint8(torch.stack(list(columns), dim=1).flatten(0, 1)).cpu()
+
+
+def _seed_titles(seeds: Sequence[int]) -> list[str]:
+    return [f"seed {seed}" for seed in seeds]
