@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.up-to-date
 
-.PHONY: setup demo test lint format wheel gpu-check compat fuzz soak clean
+.PHONY: setup demo test lint format docs wheel gpu-check compat fuzz soak clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,23 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The documentation as a site: build/site/index.html. It warns of nothing, or fails. Node.js's npm fetches what renders
+# formulas, diagrams and the search, which becomes part of the site: reading it needs no network.
+SITE := build/docs
+docs: $(SITE)/.up-to-date
+	NO_MKDOCS_2_WARNING=1 $(SITE)/venv/bin/mkdocs build --strict
+
+$(SITE)/.up-to-date: requirements-docs.txt scripts/site/npm.txt
+	rm -rf $(SITE)
+	$(PYTHON) -m venv $(SITE)/venv
+	$(SITE)/venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	mkdir -p $(SITE)/npm
+	cd $(SITE)/npm && npm pack --silent $$(cat $(CURDIR)/scripts/site/npm.txt)
+	cd $(SITE)/npm && for archive in *.tgz; do \
+		mkdir $${archive%-*} && tar xzf $$archive --strip-components=1 -C $${archive%-*} || exit 1; \
+	done
+	touch $@
 
 # Wheel and source distribution, and a check of what is in them.
 wheel: setup

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import click
+import grimp
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -98,3 +99,31 @@ def test_own_pictures(pictures):
     assert (pictures / "runs" / "00000-gan" / "reals.png").is_file()
     assert len(list((pictures / "out").glob("seed*.png"))) == 64
     assert [len(item["values"]["fd48_full@mine"]) for item in results[-1]["results"]] == [1, 1]
+
+
+def test_the_diagram_of_packages_is_that_of_the_imports():
+    """docs/architecture.md shows every import between packages that does not follow from others."""
+    graph = grimp.build_graph("di_refine", "stylegan2_ada", "torch_utils")
+    starts = {"di_refine.__main__", "di_refine.start"}  # they import commands by name
+    imports = {}
+    for module in graph.modules - starts:
+        imported = graph.find_modules_directly_imported_by(module) - starts
+        imports.setdefault(unit(module), set()).update({unit(name) for name in imported} - {unit(module)})
+
+    def below(package):
+        return imports[package].union(*map(below, imports[package]))
+
+    wanted = {
+        f"{package} --> {other}"
+        for package, others in imports.items()
+        for other in others
+        if not any(other in below(between) for between in others)
+    }
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^ +(\w+ --> \w+)$", text, re.MULTILINE)) == wanted
+
+
+def unit(module):
+    """The box of the diagram that a module belongs to."""
+    package, *parts = module.split(".")
+    return parts[0] if package == "di_refine" and parts else package
