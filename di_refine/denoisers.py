@@ -15,6 +15,8 @@ import torch.utils.checkpoint
 from di_refine.ddpm.networks import ADMPrecond, DiffusersPrecond
 from di_refine.edm.loss import edm_weight
 from di_refine.edm.networks import DhariwalUNet, SongUNet, VEPrecond, VPPrecond, iDDPMPrecond
+from di_refine.edm2.networks import MPConv
+from di_refine.edm2.networks import Precond as EDM2Precond
 from di_refine.errors import InputError
 from di_refine.files import networks
 from di_refine.labels import LabelLaw
@@ -76,15 +78,18 @@ class Ensemble(torch.nn.Module):
     from the teachers' scores. A refined generator therefore minimises, at each level, its divergence from that level's
     product; these need not be noised versions of one clean density.
 
+    A negative weight guides away from a teacher: weights w and 1 - w are classifier-free guidance (arXiv 2207.12598)
+    where the second teacher is unconditional, and autoguidance (arXiv 2406.02507) where it is a worse one.
+
     May be copied, moved and trained as any module. Weights of exactly 0 leave a teacher out at no cost.
 
     Args:
         teachers: denoisers called as `(x, sigma, labels)`, for instance `di_refine.edm.networks.EDMPrecond`.
-        weights: one for each, not negative, with sum 1; None makes them equal.
+        weights: one for each, with sum 1; None makes them equal.
 
     Raises:
-        InputError: no teachers; they differ in resolution, channels or classes; they have no noise levels in common; or
-            the weights are wrong.
+        InputError: no teachers; they differ in resolution, channels or classes, save for unconditional ones after the
+            first; they have no noise levels in common; or the weights are wrong.
 
     Attributes:
         teachers: the `ModuleList`, in order.
@@ -105,12 +110,17 @@ class Ensemble(torch.nn.Module):
             ("label_dim", "number of classes"),
         ):
             values = [getattr(teacher, attribute) for teacher in teachers]
-            if len(set(values)) > 1:
+            if len({value for value in values if value or attribute != "label_dim"}) > 1:
                 raise InputError(
                     f"`teacher`: the {what} of the teachers is {' and '.join(map(str, values))}, but a mean of their "
                     "scores needs equal ones; leave out the teachers that differ"
                 )
             setattr(self, attribute, values[0])
+        if not self.label_dim and any(cast(Denoiser, teacher).label_dim for teacher in teachers):
+            raise InputError(
+                "`teacher`: the first is unconditional, and another one has classes; name one with classes first, as "
+                "the student score begins as its copy"
+            )
         self.teachers = torch.nn.ModuleList(teachers)
         models = [cast(Denoiser, teacher) for teacher in teachers]
         self.sigma_min = max(model.sigma_min for model in models)
@@ -140,7 +150,7 @@ class Ensemble(torch.nn.Module):
         for weight, teacher in zip(self.weights, self.teachers):
             if weight == 0:
                 continue
-            part = teacher(x, sigma, class_labels, **kwargs)
+            part = teacher(x, sigma, class_labels if cast(Denoiser, teacher).label_dim else None, **kwargs)
             part = part if weight == 1 else weight * part
             total = part if total is None else total + part
         if total is None:
@@ -165,7 +175,7 @@ def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, .
     """The weights of `count` teachers; none given are equal ones.
 
     Raises:
-        InputError: their number differs, one is negative, or their sum is not 1 (to 1e-6).
+        InputError: their number differs, or their sum is not 1 (to 1e-6).
     """
     if not weights:
         return (1 / count,) * count
@@ -175,8 +185,6 @@ def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, .
             f"`teacher_weight` is given {len(weights)} times and `teacher` {count} times; give one weight per teacher, "
             "or none for equal ones"
         )
-    if not all(weight >= 0 for weight in weights):
-        raise InputError(f"`teacher_weight` must not be negative, but the weights are {given}")
     if not abs(sum(weights) - 1) <= 1e-6:
         raise InputError(f"`teacher_weight` must sum to 1, but {given} sum to {sum(weights):g}")
     return tuple(float(weight) for weight in weights)
@@ -213,6 +221,8 @@ def _encoder(net: torch.nn.Module) -> torch.nn.Module | None:
     """The last layer of a denoiser's encoder; None where its layers are not known here."""
     first, unet = _first(net), _unet(net)
     inner: Any = getattr(first, "unet", None)
+    if isinstance(first, EDM2Precond):
+        return list(inner.enc.values())[-1]
     if isinstance(first, ADMPrecond):
         return inner.input_blocks[-1]
     if isinstance(first, DiffusersPrecond):
@@ -274,8 +284,24 @@ def encode(
 def recompute_blocks(net: torch.nn.Module) -> None:
     """Save memory: keep what enters each block of a U-Net, and compute the rest again in the backward pass."""
     for name, block in net.named_modules():
-        if re.fullmatch(r"model\.(enc|dec)\.\w+|unet\.((in|out)put_blocks|(down|up)_blocks)\.\d+", name):
+        if re.fullmatch(r"(model|unet)\.(enc|dec)\.\w+|unet\.((in|out)put_blocks|(down|up)_blocks)\.\d+", name):
             block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+
+
+def keep_norms(net: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Have the weights of EDM2's layers in a network normalised now and after every update, as its training demands.
+
+    Their own forward pass does so in training mode alone, and distilled generators, for one, stay in eval mode.
+    """
+    layers = [layer for layer in net.modules() if isinstance(layer, MPConv)]
+
+    def normalise(*_: Any) -> None:
+        for layer in layers:
+            layer.force_norm()
+
+    if layers:
+        normalise()
+        optimizer.register_step_post_hook(normalise)
 
 
 def augment_dim(net: torch.nn.Module) -> int:

@@ -166,6 +166,12 @@ class Trainer:
             net.train(config.dropout == "matched")
         if config.checkpoint_score:
             denoisers.recompute_blocks(self.student)
+        self.optimizers = {
+            STUDENT: adam(self.student.parameters(), config.score_lr, (config.beta1, BETA2)),
+            GENERATOR: adam(generator.parameters(), config.lr, (config.beta1, BETA2)),
+        }
+        for name, net in ((STUDENT, self.student), (GENERATOR, generator)):
+            denoisers.keep_norms(net, self.optimizers[name])
         self._average = Average(generator) if config.ema_kimg > 0 else None
         self.ema: Any = generator if self._average is None else self._average.module
         self.bridge = torch.nn.Identity() if bridge is None else bridge.to(self.device)
@@ -179,10 +185,6 @@ class Trainer:
 
         # What the generator's loss flows through without leaving gradients there.
         self._others = [*self.student.parameters()]
-        self.optimizers = {
-            STUDENT: adam(self.student.parameters(), config.score_lr, (config.beta1, BETA2)),
-            GENERATOR: adam(generator.parameters(), config.lr, (config.beta1, BETA2)),
-        }
         if self.ratio is not None:
             group = {"params": list(self.ratio.parameters()), "lr": self._ratio_lr}
             self.optimizers[STUDENT].add_param_group(group)

@@ -64,7 +64,7 @@ class TeachConfig(LabelsConfig):
     )
     teacher_weight: tuple[float, ...] = setting(
         (),
-        "Weigh the teachers by these, in their order; the sum is 1.",
+        "Weigh the teachers by these, in their order; the sum is 1, and a negative one guides away.",
         group=WHAT,
         default_text="equal",
     )

@@ -223,7 +223,8 @@ def build(subject: Subject, values: dict[str, Any], sources: dict[str, str], dev
     dataset = _dataset(subject, teacher, teach, trainer)
     labels = label_laws.choose(teach.labels, subject.file.labels, dataset)
     for model in teachers:
-        denoisers.check_labels(model, labels)
+        if model.label_dim:
+            denoisers.check_labels(model, labels)
     if dataset is not None:
         _check_labels(labels, dataset, trainer)
     entry = registry.entry_for_path(subject.file.path) or {}

@@ -101,8 +101,6 @@ def _pickle(path: Path) -> str | None:
     net = next((content[key] for key in ("G_ema", "ema", "net", "G") if content.get(key) is not None), None)
     if not isinstance(net, Record):
         return None
-    if net.class_name == "Precond" and "unet" in _layers(net):
-        return f"a network of EDM2; {_NONE}"
     if net.class_name == "SuperresGenerator":
         return f"a StyleGAN-XL generator; {_NONE}"
     synthesis = _layers(net).get("synthesis")

@@ -20,15 +20,17 @@ _KINDS = {
     TENSORFLOW_NETWORK: "stylegan2 (TensorFlow)",
     "AugmentPipe": "augmentation",
     **dict.fromkeys(("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"), "edm"),
+    "Precond": "edm2",
     "ADMPrecond": "diffusion (ADM)",
     "DiffusersPrecond": "diffusion (diffusers)",
-    **dict.fromkeys(("EDMLoss", "VPLoss", "VELoss"), "loss"),
+    **dict.fromkeys(("EDMLoss", "VPLoss", "VELoss", "EDM2Loss"), "loss"),
 }
 _MAX_TEXT = 300  # characters of a value that are shown
 _OWN_MODULES = (
     "stylegan2_ada/networks.py",
     "stylegan2_ada/augment.py",
     "di_refine/edm/networks.py",
+    "di_refine/edm2/networks.py",
     "di_refine/ddpm/networks.py",
 )
 

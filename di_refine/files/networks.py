@@ -13,6 +13,7 @@ from typing import Any
 from di_refine import terminal
 from di_refine.ddpm.networks import ADMPrecond, DiffusersPrecond
 from di_refine.edm.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
+from di_refine.edm2.networks import Precond as EDM2Precond
 from di_refine.errors import InputError
 from di_refine.files import (
     adm_checkpoint,
@@ -41,7 +42,7 @@ NAMES = {
     "diffusion model any more",
 }
 MAX_STEPS = 1000  # of a distilled generator
-DENOISERS = (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, ADMPrecond, DiffusersPrecond)
+DENOISERS = (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond, EDM2Precond, ADMPrecond, DiffusersPrecond)
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def load(path: str | os.PathLike, setting: str = "network", config: Config | Non
     average = networks.get("ema", average)
     if isinstance(average, DENOISERS):
         _check_room(average, path, setting)
+        _check_pictures(networks, path, setting)
         _check_levels(average, path, setting)
         sigmas = networks.get("distilled_sigmas")
         if sigmas is not None and not (isinstance(sigmas, list) and 0 < len(sigmas) <= MAX_STEPS and _falling(sigmas)):
@@ -204,6 +206,16 @@ def _settings(config: Config | None, setting: str) -> dict[str, Any] | None:
     except ValueError as error:
         problem = f"no JSON that can be read ({persistence.printable(error)})"
     raise InputError(f"`{setting}_config`: {config}: {problem}")
+
+
+def _check_pictures(networks: dict[str, Any], path: str | os.PathLike, setting: str) -> None:
+    """Raise InputError where EDM2's record of an encoder says that the network sees latents, not pictures."""
+    encoder = networks.get("encoder")
+    if isinstance(encoder, persistence.Record) and encoder.class_name == "StabilityVAEEncoder":
+        raise InputError(
+            f"`{setting}`: {path} is a latent-space model: its network sees what an autoencoder makes of images; only "
+            "models of pixels can be used"
+        )
 
 
 def _check_levels(net: Any, path: str | os.PathLike, setting: str) -> None:

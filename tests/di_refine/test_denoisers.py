@@ -193,8 +193,8 @@ def test_no_teachers():
         ([0.5, 0.25, 0.25], "`teacher_weight` is given 3 times and `teacher` 2 times"),
         ([0.5, 0.4], "`teacher_weight` must sum to 1, but 0.5, 0.4 sum to 0.9"),
         ([1.0, 1.0], "must sum to 1"),
-        ([1.5, -0.5], "`teacher_weight` must not be negative, but the weights are 1.5, -0.5"),
-        ([math.nan, 1.0], "must not be negative"),
+        ([1.5, -1.0], "`teacher_weight` must sum to 1, but 1.5, -1 sum to 0.5"),
+        ([math.nan, 1.0], "must sum to 1"),
         ([math.inf, 0.0], "must sum to 1"),
     ],
 )
@@ -206,7 +206,18 @@ def test_bad_weights(weights, words):
         Ensemble([Exact(normal(0, 1)) for _ in range(2)], weights)
 
 
+def test_guidance_by_an_unconditional_teacher():
+    first, second = network("ddpmpp_cond"), network("ddpmpp_uncond")
+    (_, (x, sigma, labels)) = call()
+    guided = Ensemble([first, second], [1.5, -0.5])(x, sigma, labels)
+    assert torch.allclose(guided, 1.5 * first(x, sigma, labels) - 0.5 * second(x, sigma), atol=1e-6)
+    assert Ensemble([first, second]).label_dim == first.label_dim
+    with pytest.raises(InputError, match="the first is unconditional"):
+        Ensemble([second, first])
+
+
 def test_good_weights():
+    assert check_weights([1.5, -0.5], 2) == (1.5, -0.5)
     assert check_weights([], 3) == pytest.approx([1 / 3] * 3) == check_weights(None, 3)
     assert check_weights([0.25, 0.75], 2) == (0.25, 0.75)
     assert check_weights([0.3333333] * 3, 3) == (0.3333333,) * 3, "a millionth is forgiven"

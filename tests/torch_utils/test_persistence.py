@@ -19,7 +19,8 @@ import stylegan2_ada.networks
 from torch_utils import persistence
 from torch_utils.persistence import NetworkFormatError, Record
 
-PICKLES = sorted(str(path.relative_to(GOLDEN)) for path in GOLDEN.glob("*/*.pkl"))
+# EDM2's are in half precision, which is widened when they are read; tests/di_refine/edm2 has them.
+PICKLES = sorted(str(p.relative_to(GOLDEN)) for p in GOLDEN.glob("*/*.pkl") if p.parent.name != "edm2")
 TENSORFLOW = "stylegan2/sg2tf-legacy.pkl"
 RECORDS = [name for name in PICKLES if name != TENSORFLOW]
 PLACEHOLDER = "raise RuntimeError('embedded source must never be executed')"

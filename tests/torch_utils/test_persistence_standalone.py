@@ -17,6 +17,7 @@ from golden_io import GOLDEN, relative_error
 
 import di_refine.ddpm.networks
 import di_refine.edm.networks
+import di_refine.edm2.networks
 import stylegan2_ada.augment
 import stylegan2_ada.networks
 from torch_utils import persistence
@@ -96,6 +97,15 @@ def edm(cls, **kwargs):
     return {"ema": getattr(di_refine.edm.networks, cls)(img_resolution=16, img_channels=3, **{**model, **kwargs})}
 
 
+def edm2():
+    unet = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": [8]}
+    net = di_refine.edm2.networks.Precond(16, 3, 3, **unet, channels_per_head=8, resample_filter=[1, 3, 3, 1])
+    for name, parameter in net.named_parameters():
+        if name.endswith("gain"):
+            torch.nn.init.constant_(parameter, 0.5)
+    return {"ema": net}
+
+
 def adm():
     """A diffusion model whose layers are torch's own, so that the pickle holds their tensors alone."""
     unet = {"model_channels": 8, "widths": [32, 32], "num_blocks": 1, "attention": [False, True]}
@@ -123,6 +133,7 @@ MAKE = {
     "VP": lambda: edm("VPPrecond"),
     "VE NCSN++": lambda: edm("VEPrecond", **NCSNPP),
     "iDDPM": lambda: edm("iDDPMPrecond", model_type="SongUNet"),
+    "EDM2": edm2,
     "ADM": adm,
 }
 NEWER = {"ADM"}  # which need PyTorch 2
@@ -190,7 +201,13 @@ def test_and_equally_beside_ours(made, tmp_path):
         assert all(torch.equal(result["outputs"][key], here[key]) for key in here)
 
 
-MODULES = (stylegan2_ada.networks, stylegan2_ada.augment, di_refine.edm.networks, di_refine.ddpm.networks)
+MODULES = (
+    stylegan2_ada.networks,
+    stylegan2_ada.augment,
+    di_refine.edm.networks,
+    di_refine.edm2.networks,
+    di_refine.ddpm.networks,
+)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -56,6 +56,7 @@ _PROVIDERS = (
     "stylegan2_ada.tf_legacy",
     "di_refine.edm.networks",
     "di_refine.edm.checks",
+    "di_refine.edm2.networks",
     "di_refine.ddpm.networks",
 )
 _AVERAGES = ("G_ema", "ema")

@@ -30,10 +30,10 @@ def given(kind):
     if kind in shipped:
         options = {foreign.IMAGES: "--data and --images take", foreign.STATISTICS: "--ref takes"}
         return registry.resolve(shipped[kind]), options.get(kind, f"--{kind} takes")
-    return CASES / kind, {"edm2.pkl": "a network of EDM2", "web_page.pkl": "a web page"}[kind]
+    return CASES / kind, "a web page"
 
 
-@pytest.mark.parametrize("kind", [*READERS, "edm2.pkl", "web_page.pkl"])
+@pytest.mark.parametrize("kind", [*READERS, "web_page.pkl"])
 @pytest.mark.parametrize("reader", READERS)
 def test_a_file_in_the_wrong_place_is_called_by_what_it_is(reader, kind):
     path, words = given(kind)

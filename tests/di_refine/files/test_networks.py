@@ -140,7 +140,6 @@ FOREIGN = {
     "ddpm/unet/diffusion_pytorch_model.safetensors": "safetensors without the JSON",
     "web_page.pkl": "a web page; the download went wrong",
     "web_page2.pkl": "a web page; the download went wrong",
-    "edm2.pkl": "a network of EDM2; no command",
     "diffusion-gan.npz": "arrays of NumPy",
 }
 
@@ -152,7 +151,7 @@ def test_foreign_files_are_called_by_their_name(name):
             load(CASES / name)
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "edm2.pkl", "web_page.pkl"])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "web_page.pkl"])
 def test_converting_a_foreign_file_names_it(name, tmp_path):
     result = CliRunner().invoke(convert.main, [f"--source={CASES / name}", f"--dest={tmp_path / 'a.pkl'}"])
     assert result.exit_code == 2 and f"{name} is {FOREIGN[name]}" in result.stderr
