@@ -9,6 +9,9 @@ import torch
 
 from di_refine.config import TrainerConfig
 
+SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""The noise levels between the bins that statistics are given for."""
+
 
 @dataclass(frozen=True)
 class LogNormal:
@@ -91,3 +94,11 @@ def laws(config: TrainerConfig, sigma_min: float, sigma_max: float) -> tuple[Law
 def expand_as(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """One value per sample, `[N]` or `[N, 1, ...]` or a scalar, shaped to broadcast against `x` `[N, ...]`."""
     return torch.as_tensor(values, dtype=x.dtype, device=x.device).reshape([-1] + [1] * (x.ndim - 1))
+
+
+def by_sigma(sigma: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Sums of `values` `[N]` by noise level `[N]`, and how many there are, `[2, len(SIGMA_EDGES) + 1]`."""
+    edges = torch.tensor(SIGMA_EDGES, device=sigma.device)
+    bins = torch.arange(len(SIGMA_EDGES) + 1, device=sigma.device)
+    member = (torch.bucketize(sigma, edges)[:, None] == bins).to(values.dtype)
+    return torch.stack([values @ member, member.sum(dim=0)])

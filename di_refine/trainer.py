@@ -27,14 +27,11 @@ from di_refine.critic import R1_INTERVAL, Critic
 from di_refine.edm.augment import AugmentPipe
 from di_refine.generators import Generator
 from di_refine.labels import LabelLaw
-from di_refine.noise import Law, expand_as
+from di_refine.noise import Law, by_sigma, expand_as
 from torch_utils import distributed, misc
 from torch_utils.training import Average, FiniteWatch, adam, load_adam, seeded
 
 __all__ = ["Reference", "Trainer", "TrainerConfig"]
-
-SIGMA_EDGES = (0.1, 0.3, 1.0, 3.0, 10.0)
-"""The noise levels between the bins that statistics are given for."""
 
 BETA2 = 0.999  # arXiv 2305.18455, appendix
 
@@ -114,7 +111,7 @@ class Trainer:
         nimg: images seen, warm-up included.
         optimizers: of 'student', 'generator' and, where there is one, 'critic'.
         by_sigma: of the last step, `score_loss_by_sigma` and `score_gap_by_sigma`: the means of `step()` in bins of the
-            noise level, `[6]` with the edges `SIGMA_EDGES`, NaN where no level fell.
+            noise level, `[6]` with the edges `noise.SIGMA_EDGES`, NaN where no level fell.
     """
 
     def __init__(
@@ -488,7 +485,7 @@ class Trainer:
             name: sum(part[name] * self._fraction for part in parts) for name in names if not name.endswith("_by_sigma")
         }
         bins = {
-            name: _by_sigma(*map(torch.cat, zip(*(part[name] for part in parts))))
+            name: by_sigma(*map(torch.cat, zip(*(part[name] for part in parts))))
             for name in names
             if name.endswith("_by_sigma")
         }
@@ -584,11 +581,3 @@ def _frozen(params: list[torch.nn.Parameter]) -> Iterator[None]:
 def _per_sample(values: torch.Tensor) -> torch.Tensor:
     """Means `[N]` over all but the first dimension, without their graph."""
     return values.detach().flatten(1).mean(dim=1)
-
-
-def _by_sigma(sigma: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Sums of `values` `[N]` by noise level, and how many there are, `[2, len(SIGMA_EDGES) + 1]`."""
-    edges = torch.tensor(SIGMA_EDGES, device=sigma.device)
-    bins = torch.arange(len(SIGMA_EDGES) + 1, device=sigma.device)
-    member = (torch.bucketize(sigma, edges)[:, None] == bins).to(values.dtype)
-    return torch.stack([values @ member, member.sum(dim=0)])

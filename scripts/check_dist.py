@@ -27,6 +27,7 @@ def problems(dist: Path, root: Path = ROOT) -> list[str]:
     found = [f"the wheel has {name}" for name in sorted(own) if name.partition("/")[0] not in PACKAGES]
     wanted = {path.relative_to(root).as_posix() for name in PACKAGES for path in (root / name).rglob("*.py")}
     wanted |= {path.relative_to(root).as_posix() for path in (root / "torch_utils/ops/csrc").iterdir()}
+    wanted |= {f"di_refine/report/page.{kind}" for kind in ("html", "js")}
     wanted |= {f"di_refine/pretrained/{path.name}" for path in (root / "pretrained").iterdir() if path.is_file()}
     found += [f"the wheel lacks {name}" for name in sorted(wanted - own)]
     with tarfile.open(sdist) as archive:

@@ -97,7 +97,7 @@ class Comparison:
         """The results for each seed; those with `facts` about the sampler are kept for other runs."""
         names = [None if facts is None else kept.key(evaluator, facts, seed) for seed in seeds]
         return [
-            measure(evaluator, sampler, seed, self.directory, snapshot, f"measuring {row}", name)
+            measure(evaluator, sampler, seed, self.directory, snapshot, f"measuring {row}", name, row)
             for seed, name in zip(seeds, names)
         ]
 

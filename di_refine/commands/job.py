@@ -123,6 +123,7 @@ class Job:
             "classes": self.subject.label_dim,
             "labels_from": self.labels.described,
             "label_law": self.labels.content,
+            "class_names": list(self.labels.names),
             "generator_parameters": _count(net),
             "teacher_parameters": _count(self.teacher),
             **self.subject.facts,

@@ -12,6 +12,8 @@ from di_refine.commands import cli
 from di_refine.errors import InputError
 from torch_utils.settings import Declared, Settings, declared
 
+GIVEN = "given"  # as the source of a value
+
 Part = TypeVar("Part", bound=Settings)
 
 
@@ -81,7 +83,7 @@ def resolve(
     speed: Callable[[Mapping[str, Any]], float] | None = None,
     recommended_by: str = "registry",
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of a command's options, and where those come from that are neither given nor plain defaults.
+    """The values of a command's options, and where those come from that are no plain defaults.
 
     What was given counts first, then what a run that goes on was fitted with, then what is recommended, then the
     preset.
@@ -97,7 +99,7 @@ def resolve(
         speed: measures the images a second of a run with these values, for `minutes`.
 
     Returns:
-        The values, and 'auto', 'preset', 'registry' or 'minutes' for the names that have theirs from there.
+        The values, and 'given', 'auto', 'preset', 'registry' or 'minutes' for the names that have theirs from there.
 
     Raises:
         InputError: `kimg` and `minutes` are both given.
@@ -114,7 +116,7 @@ def resolve(
     kind = presets.AUTO if values["preset"] == presets.AUTO else "preset"
 
     def fitted(kimg: float | None, kept: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        result, sources = dict(values), {}
+        result, sources = dict(values), {name: GIVEN for name in values if is_given(name)}
         preset = presets.values_of(command, values["preset"], dataclasses.replace(facts, kimg=kimg), objective)
         length = {"kimg": kimg} if minutes and kimg else {}
         for source, layer in ((kind, preset), (recommended_by, recommended), (presets.AUTO, kept), ("minutes", length)):

@@ -83,7 +83,7 @@ class Overview:
             titles = dataset.label_law().titles(labels, COLUMNS, pictures.is_drawable)
         else:
             chosen = _spread(np.arange(len(dataset)), COLUMNS * MAX_CLASSES)
-        scale = pictures.enlargement(dataset.resolution)
+        scale = pictures.enlargement(dataset.resolution, pictures.CELL)
         pictures.save_grid(path, dataset.images(chosen), COLUMNS, scale, titles=titles)
 
 

@@ -308,8 +308,8 @@ def train(
         copied: what was taken from the file that the networks start from; nothing for untrained networks.
         dry_run: check everything and print the record instead.
     """
-    from di_refine.commands import report
-    from di_refine.commands.training import Session, unless_interrupted
+    from di_refine.commands import ending
+    from di_refine.commands.training import Session, end, unless_interrupted
     from di_refine.metrics.results import values as values_of
     from di_refine.runs.loop import Snapshot, measure
     from torch_utils import distributed
@@ -329,7 +329,7 @@ def train(
         record=record,
         networks=networks,
         sampler=lambda: sampler(net),
-        picture=lambda path: report.save_class_grid(path, sampler(net)),
+        picture=lambda path: ending.save_class_grid(path, sampler(net)),
         status=status,
         evaluator=material.evaluator,
         measured=lambda: [(evaluator, sampler(net)) for evaluator in evaluators],
@@ -352,7 +352,6 @@ def train(
         name = None if last.path is None else last.path.name
         measured = unless_interrupted(loop, directory, lambda: measure(final, sampler(net), seed, directory, name))
         results |= values_of(measured or [])
-    directory.close()
     result = {
         "run_dir": str(directory.path),
         "snapshot": last.path,
@@ -366,8 +365,7 @@ def train(
     }
     if loop.best is not None:
         result["best_snapshot"] = loop.best.path
-    if distributed.is_first():
-        terminal.print_result(result)
+    end(directory, result)
     return loop.exit_status
 
 

@@ -5,7 +5,7 @@ import math
 from dataclasses import replace
 
 from di_refine import terminal
-from di_refine.commands import report
+from di_refine.commands import ending
 from di_refine.commands.comparison import Comparison
 from di_refine.commands.job import Job, description, make_trainer
 from di_refine.commands.overview import Overview
@@ -67,7 +67,7 @@ def run(job: Job) -> int:
     for note in notes:
         directory.log(note)
     loop = session.train(directory, state, comparison.begin)
-    report.finish(job, loop, trainer, comparison)
+    ending.finish(job, loop, trainer, comparison)
     return loop.exit_status
 
 
@@ -89,7 +89,7 @@ def _session(job: Job, trainer: Trainer, stream: Stream | None) -> Session:
         record=job.record(),
         networks=lambda: job.snapshot(trainer),
         sampler=lambda: job.sampler(trainer.ema.net),
-        picture=lambda path: report.save_class_grid(path, job.sampler(trainer.ema.net, "const")),
+        picture=lambda path: ending.save_class_grid(path, job.sampler(trainer.ema.net, "const")),
         status={"score_loss": "score", "score_gap": "|Dp-Dq|", "ratio_loss": "ratio", "generator_grad_norm": "|g|"},
         evaluator=job.evaluator,
         measured=measured,

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from di_refine import terminal
 from di_refine.commands.overview import Overview
 from di_refine.errors import InputError
 from di_refine.files.datasets import Stream
@@ -61,6 +62,27 @@ def unless_interrupted(loop: Loop, directory: RunDirectory, work: Callable[[], T
             loop.stopped = str(reason)
             directory.log(f"{reason}: nothing more is measured or drawn; the networks are saved")
             return None
+
+
+def write_report(directory: RunDirectory) -> None:
+    """Rewrite the page of a run from its files; where that is not possible, say so and go on: it can be made later."""
+    if distributed.is_first():
+        from di_refine.report import page  # with what only pages need
+
+        try:
+            page.write(directory.files.report, [directory.path])
+        except (InputError, OSError) as error:
+            directory.log(f"warning: {directory.files.report.name} is not written: {error}")
+
+
+def end(directory: RunDirectory, result: dict[str, Any]) -> None:
+    """Write the result of a run, and its page for the last time, close the directory, and print the result."""
+    if distributed.is_first():
+        directory.write_result(terminal.plain(result))
+        write_report(directory)
+    directory.close()
+    if distributed.is_first():
+        terminal.print_result(result)
 
 
 def make_evaluator(
@@ -229,4 +251,5 @@ class Session:
             warmup=self.warmup,
             begin=begin,
             untrained=self.untrained,
+            report=partial(write_report, directory),
         )

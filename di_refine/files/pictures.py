@@ -23,6 +23,8 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 Titles = tuple[Sequence[str], Sequence[str]]
 """What stands above the columns of a grid, and left of its rows; empty for nothing. Equal neighbours share a title."""
 
+CELL = 64  # pixels of an image in the pictures of a run, at least
+
 MAX_TITLE = 20  # characters
 TITLE_SIZE = 12  # pixels
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 _SNAPSHOT = re.compile(r"network-snapshot-(\d+)\.pkl")
 _STATE = re.compile(r"training-state-(\d+)\.pt")
+_SAMPLES = re.compile(r"fakes(?:_init|(\d+))\.png")
 _METRIC = re.compile(r"metric-(.+)\.jsonl")
 
 
@@ -59,6 +60,16 @@ class RunFiles:
         return self.path / "before_after.png"
 
     @property
+    def result(self) -> Path:
+        """The JSON object that the command printed at its end; it is there once the run has ended."""
+        return self.path / "result.json"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows how the run goes, or what came of it."""
+        return self.path / "report.html"
+
+    @property
     def diffusers(self) -> Path:
         """The diffusers folder with the last network of a run that began with one."""
         return self.path / "diffusers"
@@ -74,6 +85,13 @@ class RunFiles:
     def samples(self, nimg: int) -> Path:
         """The picture of samples after `nimg` images."""
         return self.path / (f"fakes{nimg // 1000:06d}.png" if nimg else "fakes_init.png")
+
+    def pictures(self) -> list[tuple[int, Path]]:
+        """All pictures of samples, the oldest first, each with its thousands of images."""
+        found = [
+            (int(match[1] or 0), entry) for entry in self.path.iterdir() if (match := _SAMPLES.fullmatch(entry.name))
+        ]
+        return sorted(found, key=lambda item: (item[0], item[1].name != self.samples(0).name))
 
     def snapshot(self, nimg: int) -> Path:
         """The network after `nimg` images."""

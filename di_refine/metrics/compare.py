@@ -53,8 +53,8 @@ def summarise(source: str, results: Sequence[MetricResult]) -> dict[str, Any]:
 def add_differences(summaries: Sequence[dict[str, Any]]) -> None:
     """Add `delta` and `delta_interval`, against the first source of the same metric, to every later summary.
 
-    Where both were measured with the same seeds the differences are taken seed by seed: two generators of one family
-    then see the same latents and labels, and what is common to both cancels.
+    Where both were measured with two seeds or more the differences are taken seed by seed, over the seeds of both: two
+    generators of one family then see the same latents and labels, and what is common to both cancels.
     """
     base: dict[str, dict[str, Any]] = {}
     for summary in summaries:
@@ -63,11 +63,14 @@ def add_differences(summaries: Sequence[dict[str, Any]]) -> None:
             continue
         summary["delta"] = {key: mean - first["results"][key] for key, mean in summary["results"].items()}
         summary["delta_interval"] = {}
-        if summary["seeds"] == first["seeds"]:
-            for key, values in summary["values"].items():
-                bounds = interval([a - b for a, b in zip(values, first["values"][key])])
-                if bounds:
-                    summary["delta_interval"][key] = bounds
+        shared = [seed for seed in summary["seeds"] if seed in first["seeds"]]
+        places = [(summary["seeds"].index(seed), first["seeds"].index(seed)) for seed in shared]
+        for key, values in summary["values"].items():
+            differences = [values[i] - first["values"][key][j] for i, j in places]
+            bounds = interval(differences)
+            if bounds:
+                summary["delta"][key] = stats.fmean(differences)
+                summary["delta_interval"][key] = bounds
 
 
 def differs(summary: dict[str, Any], key: str) -> bool:

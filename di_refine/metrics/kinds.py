@@ -78,6 +78,7 @@ class Kind:
         name: the beginning of the names of its metrics.
         what: what it is, in words.
         needs: what it is computed from.
+        unit: of its values, in words.
         measure: computes its value, or its values in the order of `parts`.
         tail: what follows the number of images in a name.
         parts: names of the values, where there are several.
@@ -91,6 +92,7 @@ class Kind:
 
     name: str
     what: str
+    unit: str
     needs: Needs
     measure: Callable[[Inputs], float | tuple[float, ...]]
     tail: str = ""
@@ -163,13 +165,40 @@ def _path_length(inputs: Inputs) -> float:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("fid", "Frechet Inception distance", Needs.GAUSSIANS, _frechet, "_full", elsewhere="fd"),
-        Kind("kid", "kernel Inception distance", Needs.FEATURES, _kernel, "_full", elsewhere="kd", subsets=True),
-        Kind("fd", "Frechet distance", Needs.GAUSSIANS, _frechet, "_full", alone=False),
-        Kind("kd", "kernel distance", Needs.FEATURES, _kernel, "_full", alone=False, subsets=True),
+        Kind(
+            "fid",
+            "Frechet Inception distance",
+            "squared feature units",
+            Needs.GAUSSIANS,
+            _frechet,
+            "_full",
+            elsewhere="fd",
+        ),
+        Kind(
+            "kid",
+            "kernel Inception distance",
+            "squared distance, no unit",
+            Needs.FEATURES,
+            _kernel,
+            "_full",
+            elsewhere="kd",
+            subsets=True,
+        ),
+        Kind("fd", "Frechet distance", "squared feature units", Needs.GAUSSIANS, _frechet, "_full", alone=False),
+        Kind(
+            "kd",
+            "kernel distance",
+            "squared distance, no unit",
+            Needs.FEATURES,
+            _kernel,
+            "_full",
+            alone=False,
+            subsets=True,
+        ),
         Kind(
             "is",
             "Inception score, mean and standard deviation",
+            "number of classes",
             Needs.PROBABILITIES,
             _inception_score,
             parts=("mean", "std"),
@@ -178,6 +207,7 @@ KINDS = {
         Kind(
             "pr",
             "precision and recall, 3 neighbours",
+            "share, 0 to 1",
             Needs.FEATURES,
             _precision_recall,
             tail="3_full",
@@ -187,6 +217,7 @@ KINDS = {
         Kind(
             "dc",
             "density and coverage, 3 neighbours",
+            "ratio and share",
             Needs.FEATURES,
             _density_coverage,
             tail="3_full",
@@ -196,15 +227,23 @@ KINDS = {
         Kind(
             "acc",
             "share of images recognised as the class asked for",
+            "share, 0 to 1",
             Needs.PROBABILITIES | Needs.CLASSES,
             _accuracy,
             higher_is_better=True,
             alone=False,
         ),
-        Kind("ppl", "perceptual path length in W, at the ends of paths", Needs.PATHS, _path_length, "_wend",
-             alias="ppl2_wend"),
+        Kind(
+            "ppl",
+            "perceptual path length in W, at the ends of paths",
+            "squared perceptual distance per squared step",
+            Needs.PATHS,
+            _path_length,
+            "_wend",
+            alias="ppl2_wend",
+        ),
     )
-}  # fmt: skip
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from di_refine.errors import InputError
 from di_refine.files.run_files import RunFiles, snapshot_kimg
-from torch_utils import safe_files
+from di_refine.metrics.results import read_jsonl
 from torch_utils.misc import open_atomic
 
-MAX_BYTES = 1 << 28  # of a file of one JSON object per line
 Points = dict[float, list[float]]  # kimg -> values, several where a snapshot was measured with several seeds
 
 
@@ -37,7 +36,7 @@ def curves(run_dir: Path, metrics: Iterable[str] = ()) -> dict[str, Points]:
     found: dict[str, Points] = {}
     files, named = RunFiles(run_dir), set(metrics)
     for path in files.metrics():
-        for record in _lines(path):
+        for record in read_jsonl(path):
             if named and record.get("metric") not in named:
                 continue
             kimg = snapshot_kimg(Path(record.get("snapshot_pkl") or "").name)
@@ -45,7 +44,7 @@ def curves(run_dir: Path, metrics: Iterable[str] = ()) -> dict[str, Points]:
                 points = found.setdefault(key, {})
                 if kimg is not None:
                     points.setdefault(float(kimg), []).append(value)
-    for record in _lines(files.stats):
+    for record in read_jsonl(files.stats):
         for key in found.keys() & record.keys():
             # The same measurement may stand in both files, there under a rounded number.
             if float(int(record["kimg"])) not in found[key]:
@@ -101,24 +100,3 @@ def plot_runs(path: str | os.PathLike, runs: Sequence[Path], metrics: Iterable[s
     with open_atomic(path) as file:
         figure.savefig(file, format=kind, dpi=150)
     return drawn
-
-
-def _lines(path: Path) -> Iterable[dict]:
-    """Yield the JSON objects of a file, line by line; none when there is no such file."""
-    if not path.exists():
-        return
-    try:
-        with safe_files.open_regular(path, MAX_BYTES) as file:
-            lines = file.read().splitlines()
-    except OSError as error:
-        raise InputError(f"`plot`: {path} cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = safe_files.parse_json(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise InputError(f"`plot`: {path} line {number} is not a JSON object")
-        yield record

@@ -3,14 +3,18 @@
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from di_refine import terminal
+from di_refine.errors import InputError
 from di_refine.files.run_files import RunFiles
 from di_refine.metrics.feature_net import Identity
 from torch_utils import safe_files
+
+MAX_BYTES = 1 << 28  # of a file of one JSON object per line
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class MetricResult:
         values = tuple(self.values.values())
         return values[0] if len(values) == 1 else values
 
-    def record(self, snapshot_pkl: str | None = None) -> dict[str, Any]:
+    def record(self, snapshot_pkl: str | None = None, network: str | None = None) -> dict[str, Any]:
         """Return the JSON object of a metric file.
 
         The keys of the StyleGAN family's files come first (`results`, `metric`, `total_time`, `total_time_str`,
@@ -56,6 +60,7 @@ class MetricResult:
 
         Args:
             snapshot_pkl: the network that was measured, relative to the run directory; None where it has no file there.
+            network: what was measured, in words, where that is not the network that the run trains.
         """
         return {
             "results": self.values,
@@ -72,7 +77,35 @@ class MetricResult:
             "num_channels": self.num_channels,
             "detector": self.detector.as_dict(),
             "reference": self.reference,
+            "network": network,
         }
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> "MetricResult":
+        """The measurement that a JSON object of a metric file tells of.
+
+        Raises:
+            ValueError: something is missing, or of another kind.
+        """
+        try:
+            values, reference = dict(record["results"]), dict(record["reference"])
+            numbers = {
+                name: int(record[name]) for name in ("num_images", "seed", "resolution", "num_channels", "num_gpus")
+            }
+            found = cls(
+                name=str(record["metric"]),
+                values={str(key): float(value) for key, value in values.items()},
+                detector=Identity(**record["detector"]),
+                reference=reference,
+                seconds=float(record["total_time"]),
+                labels=record.get("labels"),
+                **numbers,
+            )
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"it is no measurement ({type(error).__name__}: {error})") from None
+        if not found.values:
+            raise ValueError("it is no measurement (it has no values)")
+        return found
 
 
 def values(results: Iterable[MetricResult]) -> dict[str, float]:
@@ -80,15 +113,46 @@ def values(results: Iterable[MetricResult]) -> dict[str, float]:
     return {key: value for result in results for key, value in result.values.items()}
 
 
-def write_jsonl(run_dir: str | os.PathLike, result: MetricResult, snapshot: str | os.PathLike | None = None) -> None:
+def write_jsonl(
+    run_dir: str | os.PathLike,
+    result: MetricResult,
+    snapshot: str | os.PathLike | None = None,
+    network: str | None = None,
+) -> None:
     """Append a result to its `metric-<name>.jsonl` in a run directory, as one write.
 
     Args:
         run_dir: the folder.
         result: what to write.
         snapshot: the network that was measured; an absolute path is made relative to `run_dir`.
+        network: as `MetricResult.record`.
     """
     if snapshot is not None and os.path.isabs(snapshot):
         snapshot = os.path.relpath(snapshot, run_dir)
-    record = result.record(None if snapshot is None else os.fspath(snapshot))
+    record = result.record(None if snapshot is None else os.fspath(snapshot), network)
     safe_files.write_line(RunFiles(run_dir).metric(result.name), json.dumps(record, allow_nan=False))
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the JSON objects of a run's file, line by line; none where there is no such file.
+
+    Raises:
+        InputError: the file cannot be read, or a line is something else.
+    """
+    if not path.exists():
+        return
+    try:
+        with safe_files.open_regular(path, MAX_BYTES) as file:
+            lines = file.read().splitlines()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = safe_files.parse_json(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise InputError(f"{path} line {number} is not a JSON object; remove the line")
+        yield record

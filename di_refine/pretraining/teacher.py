@@ -9,6 +9,7 @@ from di_refine.edm.augment import AugmentPipe
 from di_refine.edm.loss import EDMLoss
 from di_refine.edm.networks import EDMPrecond
 from di_refine.errors import InputError
+from di_refine.noise import by_sigma
 from di_refine.pretraining.config import TeacherConfig, UNetConfig, whole_numbers
 from torch_utils import distributed, misc
 from torch_utils.training import Average, FiniteWatch, adam, load_adam, seeded
@@ -87,6 +88,8 @@ class TeacherTrainer:
     Attributes:
         ema: the average, which is the result.
         nimg: images seen, by all processes together.
+        by_sigma: `loss_by_sigma` of the last step, `[6]`: the loss in bins with the edges `noise.SIGMA_EDGES`,
+            NaN where no level fell.
         share, micro_batch: this process's part of a batch, and how many images of it make a forward pass.
     """
 
@@ -136,6 +139,7 @@ class TeacherTrainer:
         rnd = torch.randn([cfg.batch, 1, 1, 1], generator=rng, device=self.device)[mine]
         noise = torch.randn([cfg.batch, *images.shape[1:]], generator=rng, device=self.device)[mine]
         mean = torch.zeros([], device=self.device)
+        losses = []  # of the images
         with seeded(self.device, cfg.seed, self.nimg, "networks", distributed.rank()):
             for start in range(0, num, size):
                 part = slice(start, start + size)
@@ -145,7 +149,10 @@ class TeacherTrainer:
                     loss = self.loss(self._denoiser, x, c, pipe, rnd=rnd[part], noise=noise[part]).float()
                 (loss.sum() / num).backward()
                 mean += loss.detach().mean() * (size / num)
-        distributed.average_gradients(self.params, also=[mean])
+                losses.append(loss.detach().flatten(1).mean(dim=1))
+        bins = by_sigma(self.loss.sigma_and_weight(rnd)[0].flatten(), torch.cat(losses))
+        distributed.average_gradients(self.params, also=[mean, bins])
+        self.by_sigma = {"loss_by_sigma": bins[0] / bins[1]}
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(cfg, self.nimg + cfg.batch, self._total)

@@ -169,10 +169,11 @@ class RunDirectory:
 
     def write_options(self, options: dict[str, Any]) -> None:
         """Write `training_options.json`."""
-        if self._writes:
-            with checkpoint.saving(self.files.options), misc.open_atomic(self.files.options, "w") as file:
-                json.dump(options, file, indent=2)
-                file.write("\n")
+        self._write_json(self.files.options, options)
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write `result.json`, which says that the run has ended; a run that goes on removes it."""
+        self._write_json(self.files.result, terminal.without_secrets(result))
 
     def rewind(self, nimg: int) -> None:
         """Make the logs end at `nimg` images, -1 for none, and clear away what a killed process left half-written.
@@ -183,7 +184,7 @@ class RunDirectory:
         if not self._writes:
             return
         with checkpoint.saving(self.files.stats):
-            for entry in self.files.half_written():
+            for entry in (*self.files.half_written(), self.files.result):
                 entry.unlink(missing_ok=True)
             for state in self.files.states():
                 if (state_kimg(state.name) or 0) > nimg // 1000:
@@ -205,9 +206,26 @@ class RunDirectory:
         """Return the training state with the most images, intact or not; None where there is none."""
         return next(iter(self.files.states()), None)
 
+    def _write_json(self, path: Path, content: dict[str, Any]) -> None:
+        if self._writes:
+            with checkpoint.saving(path), misc.open_atomic(path, "w") as file:
+                json.dump(content, file, indent=2)
+                file.write("\n")
+
     def _append(self, path: Path, line: str) -> None:
         with checkpoint.saving(path):
             safe_files.write_line(path, line)
+
+
+def is_running(path: str | os.PathLike) -> bool:
+    """Whether a process writes to a run directory now; False where the file system has no locks."""
+    with contextlib.suppress(OSError), safe_files.open_regular(RunFiles(path).log) as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+    return False
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -88,6 +88,7 @@ class Loop:
             does not count them.
         begin: called before the first step of a new run; signals interrupt it.
         untrained: whether the network is new at the start, so that there is nothing to measure or draw yet.
+        report: called after each snapshot, once all its files are there.
 
     Attributes:
         first, best, last: the snapshots of the start (where that is not measured, the first that is), the best so far,
@@ -111,9 +112,11 @@ class Loop:
         warmup: int = 0,
         begin: Callable[[], None] | None = None,
         untrained: bool = False,
+        report: Callable[[], None] | None = None,
     ):
         self.run, self.trainer, self.config = run, trainer, config
         self._warmup, self._begin, self._untrained = warmup, begin, untrained
+        self._report = report
         self._networks, self._evaluate, self._picture = networks, evaluate, picture
         self._higher, self._status, self._data_wait = higher_is_better, status or {}, data_wait
         self._waited = 0.0
@@ -286,6 +289,8 @@ class Loop:
         self._recorded = nimg
         if nimg > 0:
             self._save_state()
+        if due and self._report is not None:
+            self._report()
         if not final and self._is_much_worse(results):
             self.stopped = "stop_if_worse"
         return note
@@ -462,6 +467,7 @@ def measure(
     snapshot: str | None,
     what: str = "measuring",
     name: str | None = None,
+    network: str | None = None,
 ) -> list[MetricResult]:
     """Measure a sampler, append the results to the run's files of metrics, and return them.
 
@@ -473,6 +479,7 @@ def measure(
         snapshot: the name of the file with the network, where it has one in the run directory.
         what: what the progress bar says.
         name: of the measurement, where it is kept for other runs (`metrics.kept.key`).
+        network: what is measured, in words, where that is not the network that the run trains.
 
     Raises:
         stopping.Interrupted: inside a loop, when a signal asks it to stop.
@@ -490,5 +497,5 @@ def measure(
             kept.store(name, results)
     if distributed.is_first():
         for result in results:
-            write_jsonl(run.path, result, snapshot)
+            write_jsonl(run.path, result, snapshot, network)
     return results

@@ -16,8 +16,8 @@ from di_refine.edm.augment import AugmentPipe
 from di_refine.edm.networks import EDMPrecond
 from di_refine.generators import StyleGAN2Generator
 from di_refine.labels import LabelLaw
-from di_refine.noise import EdmGrid, LogNormal
-from di_refine.trainer import SIGMA_EDGES, Trainer, TrainerConfig
+from di_refine.noise import SIGMA_EDGES, EdmGrid, LogNormal
+from di_refine.trainer import Trainer, TrainerConfig
 from torch_utils import persistence
 from torch_utils.training import NotFiniteError
 

@@ -36,8 +36,8 @@ def test_data_are_listed_and_drawn_by_class(folders, tmp_path):
     )
     shown.draw_reals(tmp_path / "reals.png")
     picture = np.asarray(Image.open(tmp_path / "reals.png").convert("L"))
-    grid = picture[-64:, -320:]  # two rows of ten images, enlarged four times; titles on their left
-    assert grid[32:].min() == 255 and len(np.unique(grid[:32])) == 10
+    grid = picture[-128:, -640:]  # two rows of ten images, enlarged eight times; titles on their left
+    assert grid[64:].min() == 255 and len(np.unique(grid[:64])) == 10
     assert picture.shape[1] > 320 and picture[:, :-320].min() < 128, "the names"
 
 

@@ -1,5 +1,6 @@
 """The refine command on real (tiny) networks: what it writes, that it resumes exactly, and how it refuses bad input."""
 
+import html
 import json
 import re
 import shlex
@@ -105,6 +106,8 @@ def test_result_and_run_directory(measured):
         "fakes_init.png",
         "fakes000000.png",
         "before_after.png",
+        "report.html",
+        "result.json",
         "network-snapshot-000000.pkl",
         "training-state-000000.pt",
     }
@@ -117,11 +120,14 @@ def test_result_and_run_directory(measured):
         *((None, seed) for seed in (1, 0)),  # of the teacher, and of the original at the start of the loop
         *((last, seed) for seed in (0, 1, 2, 3)),
     ]
+    assert [row["network"] for row in rows[:5]] == [*["original"] * 3, "teacher", None]
     values = [row["results"]["fd1k_full@toy"] for row in rows]
     assert report["original"] == pytest.approx(sum(values[:3]) / 3, rel=1e-5)
     assert report["refined"] == pytest.approx(sum(values[6:]) / 3, rel=1e-5)
     assert report["change"] == pytest.approx(report["best"] - report["original"], abs=1e-4)
     log = (run / "log.txt").read_text()
+    assert json.loads((run / "result.json").read_text()) == report
+    assert html.escape(report["verdict"][0]) in (run / "report.html").read_text(encoding="utf-8")
     assert "fd1k_full@toy before: original " in log and report["verdict"][0] in log
     assert json.loads((run / "training_options.json").read_text())["teacher_files"] == [str(T_COND)]
 
