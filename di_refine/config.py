@@ -125,6 +125,14 @@ class TrainerConfig(UpdateConfig):
     score_steps: int = setting(
         1, "Update the student score this often for each update of the generator.", minimum=1, group=LEARNING
     )
+    score_adapter: int | None = setting(
+        None,
+        "Let the student score share the teacher's weights and train changes of this rank alone, where memory is too "
+        "small for a second copy of the teacher.",
+        minimum=1,
+        group=LEARNING,
+        default_text="a whole copy is trained",
+    )
     # At the start the student score equals the teacher, so the first differences of scores would be noise.
     score_warmup: float = setting(
         20.0, "Train the student score alone for this many thousand images first.", minimum=0, group=LEARNING

@@ -28,7 +28,7 @@ from di_refine.edm.augment import AugmentPipe
 from di_refine.generators import Generator
 from di_refine.labels import LabelLaw
 from di_refine.noise import Law, by_sigma, expand_as
-from torch_utils import distributed, misc
+from torch_utils import distributed, low_rank, misc
 from torch_utils.training import Average, FiniteWatch, adam, load_adam, seeded
 
 __all__ = ["Reference", "Trainer", "TrainerConfig"]
@@ -156,15 +156,22 @@ class Trainer:
         self.generator = generator.train().requires_grad_(True)
         self.teacher = teacher.to(self.device).requires_grad_(False)
         if student is None:
-            student = copy.deepcopy(teacher.teachers[0] if isinstance(teacher, denoisers.Ensemble) else teacher)
-        self.student = student.to(self.device).requires_grad_(True)
+            first: Any = teacher.teachers[0] if isinstance(teacher, denoisers.Ensemble) else teacher
+            rank = config.score_adapter
+            student = copy.deepcopy(first) if rank is None else low_rank.adapted(first, rank, config.seed)
+        elif config.score_adapter is not None:
+            raise ValueError("`score_adapter` makes the student score of the teacher, but a student is given")
+        if config.score_adapter is None:
+            student.requires_grad_(True)
+        self.student = student.to(self.device)
+        self._score_parameters = low_rank.trained(self.student)
         # Dropout is active in train mode; the normalisations of the networks are the same in both modes.
         for net in (self.teacher, self.student):
             net.train(config.dropout == "matched")
         if config.checkpoint_score:
             denoisers.recompute_blocks(self.student)
         self.optimizers = {
-            STUDENT: adam(self.student.parameters(), config.score_lr, (config.beta1, BETA2)),
+            STUDENT: adam(self._score_parameters, config.score_lr, (config.beta1, BETA2)),
             GENERATOR: adam(generator.parameters(), config.lr, (config.beta1, BETA2)),
         }
         for name, net in ((STUDENT, self.student), (GENERATOR, generator)):
@@ -181,7 +188,7 @@ class Trainer:
         self._log_prior = self._make_log_prior() if learns_ratio else None
 
         # What the generator's loss flows through without leaving gradients there.
-        self._others = [*self.student.parameters()]
+        self._others = [*self._score_parameters]
         if self.ratio is not None:
             group = {"params": list(self.ratio.parameters()), "lr": self._ratio_lr}
             self.optimizers[STUDENT].add_param_group(group)
@@ -559,6 +566,8 @@ class Trainer:
 
     def _stateful(self) -> dict[str, Any]:
         parts: dict[str, Any] = {"generator": self.generator, "ema": self.ema, "student": self.student}
+        if self.config.score_adapter is not None:  # the rest is the teacher's
+            parts["student"] = self._score_parameters
         if self.ratio is not None:
             parts["ratio"] = self.ratio
         if self.critic is not None:

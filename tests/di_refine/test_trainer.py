@@ -152,6 +152,25 @@ def test_resume_is_exact(settings):
         assert torch.equal(actual[name], value), name
 
 
+def test_a_student_score_that_shares_the_teachers_weights():
+    """Only the low-rank changes are trained and saved, and a resumed trainer goes on the same."""
+    trainer = make_trainer(label_dim=3, score_adapter=2, batch=8)
+    before = copy.deepcopy(trainer.teacher.state_dict())
+    steps(trainer, 2)
+    saved = copy.deepcopy(trainer.state_dict())
+    assert sum(p.numel() for p in saved["student"].values()) < sum(p.numel() for p in trainer.teacher.parameters())
+    assert all(torch.equal(before[name], value) for name, value in trainer.teacher.state_dict().items())
+    shared = {p.data_ptr() for p in trainer.teacher.parameters() if p.ndim >= 2}
+    assert shared < {p.data_ptr() for p in trainer.student.parameters()}
+    assert not any(p.requires_grad for p in trainer.teacher.parameters())
+    expected = steps(trainer, 1)
+    again = make_trainer(label_dim=3, score_adapter=2, batch=8)
+    again.load_state_dict(saved)
+    assert steps(again, 1) == expected and expected[0]["score_gap"] > 0
+    with pytest.raises(ValueError, match="a student is given"):
+        Trainer(trainer.generator, trainer.teacher, trainer.config, student=trainer.student)
+
+
 def test_a_resumed_trainer_uses_its_own_rates():
     network = torch.nn.Linear(2, 2)
     network.latent_shape, network.label_dim = (2,), 0
