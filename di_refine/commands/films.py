@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,9 +12,12 @@ from scipy.interpolate import CubicSpline
 from di_refine.errors import InputError
 from di_refine.files import pictures
 from di_refine.generators import NetworkSampler, StyleGAN2Generator, latents
+from di_refine.report.record import Run
 
 Titled = tuple[torch.Tensor, pictures.Titles]
 """Images `[rows * columns, C, R, R]`, uint8 on the CPU, and the titles of columns and rows."""
+
+SNAPSHOTS_PER_SECOND = 2.0
 
 TILE, CELL = 128, 64
 """Pixels to which small images are enlarged in a film and in a sheet."""
@@ -139,6 +143,48 @@ def _frames(walk, samplers, columns, labels) -> Iterator[Image.Image]:
         else:
             panels = [(title, shown) for (title, _), shown in zip(samplers, images)]
             yield pictures.side_by_side(panels, columns, scale=pictures.enlargement(images[0].shape[-1], TILE // 2))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def of_runs(runs: Sequence[Run]) -> Iterator[Image.Image]:
+    """The pictures of samples that runs have drawn of the same latents, one snapshot after the other.
+
+    Where a run has no picture at the number of images of another, it shows the one before. The first and the last stay
+    for longer.
+
+    Raises:
+        InputError: there are less than two pictures of a run, or one cannot be read.
+    """
+    for run in runs:
+        if len(run.pictures) < 2:
+            raise InputError(f"--film: {run.path} has no pictures of two snapshots yet; let it train for longer")
+    times = sorted({kimg for run in runs for kimg, _ in run.pictures})
+    at_times = [
+        [([item for item in run.pictures if item[0] <= at] or run.pictures[:1])[-1] for at in times] for run in runs
+    ]
+    # A slow network's first picture may have fewer rows.
+    sizes = [pictures.read_png(path)[1].size for run in runs for _, path in run.pictures]
+    width, height = (max(sides) for sides in zip(*sizes))
+
+    def title(run: Run, kimg: int, path: Path) -> str:
+        when = run.start_name if path.name == run.files.samples(0).name else f"{kimg} kimg"
+        return when if len(runs) == 1 else f"{run.path.name}, {when}"
+
+    titles = [[title(run, *item) for item in its] for run, its in zip(runs, at_times)]
+
+    def frame(index: int) -> Image.Image:
+        panels = []
+        for its, titled in zip(at_times, titles):
+            paper = Image.new("RGB", (width, height), pictures.PAPER)
+            paper.paste(pictures.on_paper(pictures.read_png(its[index][1])[1]))
+            panels.append(np.asarray(pictures.headed(paper, titled[index], titled)))
+        return Image.fromarray(np.concatenate(panels, axis=1))
+
+    last = len(times) - 1
+    return (frame(index) for index in [0, *range(last + 1), last, last])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Images are [N, C, H, W] and single pictures [C, H, W], with C = 1 (greyscale), 2
 with transparency), as tensors or numpy arrays: either uint8, or floating point in the networks' range [-1, 1].
 """
 
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from di_refine.errors import InputError
+from torch_utils import safe_files
 from torch_utils.misc import open_atomic
 
 Images = torch.Tensor | np.ndarray
@@ -158,6 +160,32 @@ def side_by_side(
         figure.paste(grid, (left + (panel_width - grid.width) // 2, top))
         left += panel_width + 2 * margin
     return figure
+
+
+def headed(picture: Image.Image, title: str, others: Sequence[str] = ()) -> Image.Image:
+    """Return a picture under a title, on paper as wide as it would be under any of some other titles, too."""
+    font, margin, line = ImageFont.load_default(18), 16, 24
+    width = max(picture.width, *(math.ceil(font.getlength(text)) for text in (title, *others))) + 2 * margin
+    figure = Image.new("RGB", (width, picture.height + 3 * margin + line), PAPER)
+    ImageDraw.Draw(figure).text((width / 2, margin + line / 2), title, fill=INK, font=font, anchor="mm")
+    figure.paste(on_paper(picture), ((width - picture.width) // 2, 2 * margin + line))
+    return figure
+
+
+def read_png(path: str | os.PathLike) -> tuple[bytes, Image.Image]:
+    """Return the content of a PNG, and the picture.
+
+    Raises:
+        InputError: the file is no picture that can be read.
+    """
+    try:
+        with safe_files.open_regular(path) as file:
+            content = file.read()
+        picture: Image.Image = Image.open(io.BytesIO(content), formats=["PNG"])
+        picture.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is no readable picture ({error}); remove it") from None
+    return content, picture
 
 
 def is_drawable(text: str) -> bool:

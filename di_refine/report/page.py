@@ -23,10 +23,11 @@ from plotly.offline import get_plotlyjs
 
 from di_refine import terminal
 from di_refine.errors import InputError
+from di_refine.files.pictures import read_png
 from di_refine.metrics import compare
 from di_refine.report import charts
 from di_refine.report.record import TEACHER, Course, Run
-from torch_utils import misc, safe_files
+from torch_utils import misc
 
 PICTURE_BYTES = 600_000  # of a picture in the page; three of them and plotly have 7.2 MB
 PICTURE_WIDTHS = ((1280, 90), (1280, 75), (960, 75), (640, 75))  # and JPEG's quality, where a picture has more
@@ -303,13 +304,7 @@ def _picture(path: Path, title: str) -> dict[str, Any]:
     Raises:
         InputError: the file is damaged.
     """
-    try:
-        with safe_files.open_regular(path) as file:
-            content = file.read()
-        image: Image.Image = Image.open(io.BytesIO(content), formats=["PNG"])
-        image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} is no readable picture ({error}); remove it") from None
+    content, image = read_png(path)
     kind = "png"
     if image.width < LEAST_WIDTH and len(content) < PICTURE_BYTES // 4:
         scale = -(-LEAST_WIDTH // image.width)

@@ -1,12 +1,14 @@
 """The command `python -m di_refine report`: what it writes, and the sentences in which it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 from di_refine.commands.report import main
 from di_refine.files import pictures
@@ -89,3 +91,47 @@ def test_help_imports_neither_pytorch_nor_plotly():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0 and "Usage:" in done.stdout, done.stderr
+
+
+def frames_of(path):
+    with Image.open(path) as film:
+        for number in range(film.n_frames):
+            film.seek(number)
+            yield np.asarray(film.convert("L")).astype(int)
+
+
+def test_a_film_goes_from_snapshot_to_snapshot(run, tmp_path):
+    for nimg, grey in ((0, 40), (8000, 200)):
+        pictures.save_png(run.samples(nimg), np.full([1, 80, 80], grey, np.uint8))
+    dest = tmp_path / "new" / "film.webp"
+    done = report(run.path, f"--film={dest}")
+    assert done.exit_code == 0 and json.loads(done.stdout.splitlines()[-1])["frames"] == 6, done.stderr
+    frames = list(frames_of(dest))
+    middles = [frame[frame.shape[0] * 2 // 3, frame.shape[1] // 2] for frame in frames]
+    assert (middles[0], middles[-1]) == (40, 200) and len(frames) == 3, "equal frames are one that stays for longer"
+    assert not run.report.exists() and not np.array_equal(frames[0][:56], frames[1][:56]), "each has its title"
+    other = tmp_path / "00001-other"
+    shutil.copytree(run.path, other)
+    (other / run.samples(4000).name).unlink()
+    assert report(run.path, other, f"--film={dest}").exit_code == 0
+    both = list(frames_of(dest))
+    assert both[1].shape[1] > frames[1].shape[1]
+    middle = both[1].shape[1] * 3 // 4
+    assert [frame[100, middle] for frame in both] == [40, 40, 200], "it still shows its first"
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("film.avi", "a film is one of"), ("film.gif", "has no pictures of two snapshots yet")],
+)
+def test_films_that_cannot_be_made(run, tmp_path, name, sentence):
+    done = report(run.path, f"--film={tmp_path / name}")
+    assert done.exit_code == 2 and sentence in done.stderr and not (tmp_path / name).exists()
+    done = report(run.path, "--film=a.gif", "--dest=a.html")
+    assert done.exit_code == 2 and "give one of them" in done.stderr
+
+
+def test_a_damaged_picture_ends_a_film(run, tmp_path):
+    run.samples(8000).write_bytes(run.samples(4000).read_bytes()[:200])
+    done = report(run.path, f"--film={tmp_path / 'film.gif'}")
+    assert done.exit_code == 2 and "is no readable picture" in done.stderr and not (tmp_path / "film.gif").exists()
