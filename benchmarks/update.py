@@ -19,10 +19,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from di_refine.trainer_config import PRECISIONS
 
 from di_refine import objectives, terminal
 from di_refine.commands import cli
+from di_refine.config import PRECISIONS
 from di_refine.edm.networks import EDMPrecond
 from di_refine.files import networks, registry
 from di_refine.generators import DistilledGenerator, StyleGAN2Generator
