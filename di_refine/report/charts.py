@@ -44,7 +44,7 @@ MAPS = {
 """Statistic by noise level -> title of its heat map, and unit of its values."""
 
 
-def metric(key: str, runs: Sequence[Run]) -> Chart:
+def metric(key: str, runs: Sequence[Run], labels: Sequence[str] = ()) -> Chart:
     """A metric over the course of runs, with intervals where there are several seeds.
 
     Of a single run the values of the start and of the teacher are lines.
@@ -52,11 +52,12 @@ def metric(key: str, runs: Sequence[Run]) -> Chart:
     Args:
         key: of the metric files.
         runs: that have it.
+        labels: what several runs are called.
     """
     data: list[dict[str, Any]] = []
     for number, run in enumerate(runs):
         course, color = run.courses[key], COLORS[number % len(COLORS)]
-        name = str(escape(run.name)) if len(runs) > 1 else f"every snapshot, seed {run.seed}"
+        name = str(escape(labels[number])) if len(runs) > 1 else f"every snapshot, seed {run.seed}"
         line = {kimg: seeds[run.seed].values[key] for kimg, seeds in course.snapshots.items() if run.seed in seeds}
         shared = {"legendgroup": name, "showlegend": False}
         if line:

@@ -55,8 +55,7 @@ def write(path: Path, folders: Sequence[Path]) -> None:
         InputError: one of them is none, a file in one is damaged, or they have no metric in common.
     """
     runs = [Run(folder) for folder in folders]
-    content = _of_one(runs[0]) if len(runs) == 1 else _of_several(runs)
-    content["files"] = [entry for run in runs for entry in _files(run, path.parent, len(runs) > 1)]
+    content = _of_one(runs[0], path.parent) if len(runs) == 1 else _of_several(runs, path.parent)
     text = _render(content)
     with misc.open_atomic(path, "w") as file:
         file.write(text)
@@ -88,8 +87,8 @@ def _render(content: dict[str, Any]) -> str:
 # What a page shows
 
 
-def _of_one(run: Run) -> dict[str, Any]:
-    """What the page of one run shows, by the names of the template."""
+def _of_one(run: Run, folder: Path) -> dict[str, Any]:
+    """What a page of one run in a folder shows, by the names of the template."""
     summaries = list(run.summaries(run.rows()))
     compare.add_differences(summaries)
     tables = []
@@ -114,11 +113,12 @@ def _of_one(run: Run) -> dict[str, Any]:
         "map_charts": charts.heat_maps(run),
         "line_charts": charts.lines(run),
         "options": _options(run),
+        "files": [(title, links) for title, paths in _files(run).items() if (links := _links(paths, folder))],
     }
 
 
-def _of_several(runs: Sequence[Run]) -> dict[str, Any]:
-    """What a page that compares runs shows.
+def _of_several(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
+    """What a page in a folder shows that compares runs.
 
     Raises:
         InputError: they have no metric in common.
@@ -132,11 +132,11 @@ def _of_several(runs: Sequence[Run]) -> dict[str, Any]:
             f"{runs[0].path} and {', '.join(str(run.path) for run in runs[1:])} have no metric in common; measure them "
             "alike, with calc_metrics.py, or report on each alone"
         )
-    labels = compare.short_names([str(run.path.absolute()) for run in runs])
+    labels = _labels(runs)
     settings = {name: [_value(run.options.get(name)) for run in runs] for name in _settings(runs[0])}
     return {
-        "title": " and ".join(labels) if len(runs) == 2 else f"{len(runs)} runs compared",
-        "verdicts": [_verdict(run) for run in runs],
+        "title": f"{len(runs)} runs compared",
+        "verdicts": [{**_verdict(run), "name": label} for run, label in zip(runs, labels)],
         "facts": [],
         "tables": [_differences(key, runs, labels) for key in common],
         "pictures": [
@@ -145,7 +145,9 @@ def _of_several(runs: Sequence[Run]) -> dict[str, Any]:
             if (image := _best_picture(run)) is not None
         ],
         "classes": "",
-        "metric_charts": {f"{key}: {_meaning(runs[0].courses[key])}": charts.metric(key, runs) for key in common},
+        "metric_charts": {
+            f"{key}: {_meaning(runs[0].courses[key])}": charts.metric(key, runs, labels) for key in common
+        },
         "map_charts": {},
         "line_charts": {},
         "options": {
@@ -155,7 +157,21 @@ def _of_several(runs: Sequence[Run]) -> dict[str, Any]:
             "rest_is": "in which the runs agree",
             "facts": [],
         },
+        "files": [
+            (label, _links([run.files.report, *_files(run)["Networks"], *_files(run)["Records"]], folder))
+            for run, label in zip(runs, labels)
+        ],
     }
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """The names of the runs' folders, with as many of the folders above as tell them apart."""
+    parts = [run.path.resolve().parts for run in runs]
+    for count in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(folder[-count:]) for folder in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [f"{label} ({number})" for number, label in enumerate(labels, 1)]  # the same run twice
 
 
 def _differences(key: str, runs: Sequence[Run], labels: Sequence[str]) -> dict[str, Any]:
@@ -166,33 +182,29 @@ def _differences(key: str, runs: Sequence[Run], labels: Sequence[str]) -> dict[s
     best: list[dict[str, Any]] = []
     cells: list[list[str]] = []
     for run, label in zip(runs, labels):
-        found = {}
-        for summary in run.summaries([("start", 0.0), (label, run.best), (TEACHER, None)]):
-            if key in summary["results"]:
-                found[summary["source"]] = summary
-        texts = [
-            compare.number(found[row]["results"][key], found[row]["sd"].get(key)) if row in found else ""
-            for row in ("start", label, TEACHER)
-        ]
-        at = "" if run.best is None else f" at {run.best:g} kimg"
-        cells.append([label, texts[0], texts[1] + (at if texts[1] else ""), texts[2]])
-        best.append(found.get(label, {}))
-    first, legend = best[0], ["+- is the standard deviation over seeds"]
+        rows: list[tuple[str, float | None]] = [("start", 0.0), (TEACHER, None)]
+        rows += [] if run.best is None else [("best", run.best)]
+        found = {summary["source"]: summary for summary in run.summaries(rows) if key in summary["results"]}
+        texts = {row: compare.number(each["results"][key], each["sd"].get(key)) for row, each in found.items()}
+        kimg = f"{run.best:g}" if "best" in texts else ""
+        cells.append([label, texts.get("start", ""), texts.get("best", ""), kimg, texts.get(TEACHER, "")])
+        best.append(found.get("best", {}))
+    first = best[0]
     for row, summary in zip(cells, best):
-        same = first and summary and all(summary[name] == first[name] for name in ("detector", "reference", "labels"))
-        if summary is first or not same:
-            row.append("" if summary is first or not summary or not first else "measured against something else")
-            continue
-        pair = [first, summary]
-        compare.add_differences(pair)
-        bounds = summary["delta_interval"].get(key)
-        within = f" ({bounds[0]:+.3g} to {bounds[1]:+.3g})" if bounds else ""
-        row.append(f"{summary['delta'][key]:+.3g}{within}{' *' if compare.differs(summary, key) else ''}")
-    if any(row[-1].endswith(")") or row[-1].endswith("*") for row in cells):
-        legend.append(
-            "in brackets: 95% interval of the difference, seed by seed over the seeds of both; * leaves 0 out"
-        )
-    header = ["run", "start", "best", "teacher", f"difference from {labels[0]}"]
+        if not summary or not first or summary is first:
+            row.append("")
+        elif any(summary[name] != first[name] for name in ("detector", "reference", "labels")):
+            row.append("measured against something else")
+        else:
+            compare.add_differences([first, summary])
+            bounds = summary["delta_interval"].get(key)
+            within = f" ({bounds[0]:+.3g} to {bounds[1]:+.3g})" if bounds else ""
+            row.append(f"{summary['delta'][key]:+.3g}{within}{' *' if compare.differs(summary, key) else ''}")
+    legend = [
+        "+- is the standard deviation over seeds; in brackets: 95% interval of the difference, seed by seed over the "
+        "seeds of both runs; * leaves 0 out"
+    ]
+    header = ["run", "start", "best", "at kimg", "teacher", "difference from the first run's best"]
     title = f"{key}: {_meaning(runs[0].courses[key])}"
     return {"title": title, "rows": cells, "header": header, "legend": legend}
 
@@ -276,7 +288,7 @@ def _pictures(run: Run) -> Iterable[dict[str, Any]]:
     best = _best_picture(run)
     if best is not None:
         kimg, path = run.pictures[0]
-        before = _picture(path, run.start_name if path == run.files.samples(0) else f"at {kimg} kimg")
+        before = _picture(path, _title(run, kimg, path))
         if len(run.pictures) > 1:
             caption = "The same latents in both; move the slider across the picture."
             yield {"id": "", "caption": caption, "before": before, "after": best}
@@ -293,9 +305,14 @@ def _best_picture(run: Run) -> dict[str, Any] | None:
         return None
     of_best = [item for item in run.pictures[1:] if run.best is not None and item[0] == int(run.best)]
     kimg, path = of_best[0] if of_best else run.pictures[-1]
+    best = of_best and run.courses  # of what was not measured the newest counts as the best
+    return _picture(path, f"best, {kimg} kimg" if best else _title(run, kimg, path))
+
+
+def _title(run: Run, kimg: int, path: Path) -> str:
     if path == run.files.samples(0):
-        return _picture(path, run.start_name)
-    return _picture(path, f"best, {kimg} kimg" if of_best else f"at {kimg} kimg")
+        return run.start_name
+    return f"at {kimg} kimg" if kimg else "soon after the start"
 
 
 def _picture(path: Path, title: str) -> dict[str, Any]:
@@ -326,19 +343,18 @@ def _encoded(image: Image.Image, kind: str, **details: Any) -> bytes:
     return file.getvalue()
 
 
-def _files(run: Run, folder: Path, named: bool) -> Iterable[tuple[str, list[tuple[str, str]]]]:
-    """Links to a run's files, relative to a folder, as (title, [(name, link)])."""
+def _files(run: Run) -> dict[str, list[Path]]:
+    """The files that a run may have, by what they are."""
     files = run.files
-    pictures = [path for _, path in run.pictures]
-    records = [files.options, files.log, files.stats, *files.metrics(), files.result]
-    groups = {
+    return {
         "Networks": files.snapshots(),
         "Training states": files.states(),
-        "Pictures": [files.before_after, files.reals, *pictures],
-        "Records": records,
+        "Pictures": [files.before_after, files.reals, *(path for _, path in run.pictures)],
+        "Records": [files.options, files.log, files.stats, *files.metrics(), files.result],
         "For TensorBoard": files.event_files(),
     }
-    for title, paths in groups.items():
-        links = [(path.name, quote(Path(os.path.relpath(path, folder)).as_posix())) for path in paths if path.is_file()]
-        if links:
-            yield f"{run.name}, {title.lower()}" if named else title, links
+
+
+def _links(paths: Iterable[Path], folder: Path) -> list[tuple[str, str]]:
+    """The names of those files that there are, and links to them from a folder."""
+    return [(path.name, quote(Path(os.path.relpath(path, folder)).as_posix())) for path in paths if path.is_file()]

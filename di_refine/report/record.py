@@ -96,7 +96,9 @@ class Run:
     @property
     def kimg(self) -> float:
         """Thousands of images seen."""
-        return self.ticks[-1]["kimg"] if self.ticks else 0.0
+        at_end = (self.result or {}).get("kimg")  # a run may be stopped between two ticks
+        seen = self.ticks[-1]["kimg"] if self.ticks else 0.0
+        return float(at_end) if isinstance(at_end, (int, float)) else seen
 
     @property
     def seed(self) -> int:

@@ -296,10 +296,13 @@ def open_run(
         run.lock()
         for warning in warnings:
             run.log(f"warning: {warning}")
-        for name, (old, new) in changes.items():
-            if name not in _PLACES:
-                run.log(f"{name}: {json.dumps(old)} -> {json.dumps(new)}")
+        before, now = changes.pop("sources", ({}, {}))
         listed = {name: new for name, (_, new) in changes.items() if name not in _PLACES}
+        for name, new in listed.items():
+            run.log(f"{name}: {json.dumps(changes[name][0])} -> {json.dumps(new)}")
+        if listed and now:  # what has not changed still comes from where it came from
+            kept = {name: source for name, source in before.items() if name not in listed}
+            listed["sources"] = {**kept, **{name: now[name] for name in listed if name in now}}
         if listed or not recorded:
             run.write_options({**(recorded or options), **listed})
         return path, state

@@ -111,7 +111,7 @@ def test_presets_are_the_published_values_and_options_override_them():
     sid = dry_run("--preset=sid", "--batch=64")
     assert sid["objective"] == "sid" and sid["alpha"] == 1.2 and sid["normalize"] is True
     assert sid["sigma_dist"] == "edm-grid" and sid["tmax"] == 800 and sid["init_sigma"] == 2.5
-    assert sid["batch"] == 64 and "batch" not in sid["sources"] and sid["sources"]["alpha"] == "preset"
+    assert sid["batch"] == 64 and sid["sources"]["batch"] == "given" and sid["sources"]["alpha"] == "preset"
     other = dry_run("--preset=sid", "--objective=sim")
     assert other["objective"] == "sim" and other["alpha"] is None and other["init_sigma"] == 2.5
     for name in ("f-distill-js", "uni-fkl"):

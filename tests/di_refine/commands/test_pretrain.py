@@ -128,8 +128,11 @@ def test_a_signal_ends_with_a_result(tmp_path, data, monkeypatch, name, status):
     assert result.exit_code == status
     stopped = json.loads(result.stdout.splitlines()[-1])
     assert (stopped["stopped"], stopped["kimg"]) == (name, 0.012) and Path(stopped["snapshot"]).is_file()
+    page = Path(stopped["run_dir"], "report.html")
+    assert f"stopped by {name} at 0.012 of 0.024 kimg" in page.read_text(encoding="utf-8")
     monkeypatch.undo()
     assert report(pretrain(GAN, data, tmp_path, "--kimg=0.024", "--resume=auto"))["kimg"] == 0.024
+    assert "finished: 0.024 of 0.024 kimg" in page.read_text(encoding="utf-8")
 
 
 def test_options_of_the_schedule_reach_the_loop(tmp_path, data, monkeypatch):

@@ -7,6 +7,7 @@ import ranks
 import torch
 
 from di_refine.edm.networks import EDMPrecond
+from di_refine.noise import SIGMA_EDGES
 from di_refine.pretraining.config import TeacherConfig
 from di_refine.pretraining.teacher import TeacherTrainer, learning_rate
 from torch_utils import distributed
@@ -38,7 +39,7 @@ def make(seed=0, dropout=0.0, total=None, **settings):
 
 
 def steps(trainer, num):
-    return [trainer.step() for _ in range(num)]
+    return [{**trainer.step(), **trainer.by_sigma} for _ in range(num)]
 
 
 def train_and_save(folder):
@@ -97,6 +98,8 @@ def test_processes_agree_with_one(tmp_path):
         assert_same(resumed[0], alone.state_dict())
         for name in ("loss", "grad_norm"):
             assert saved[0]["stats"][-1][name] == pytest.approx(stats[name].item(), rel=1e-5)
+        by_sigma = saved[0]["stats"][-1]["loss_by_sigma"]
+        torch.testing.assert_close(by_sigma, stats["loss_by_sigma"], rtol=1e-5, atol=0, equal_nan=True)
         for name, value in saved[0]["state"]["net"].items():  # and with each other bit for bit
             assert all(torch.equal(value, other["state"]["net"][name]) for other in saved[1:])
 
@@ -143,6 +146,13 @@ def test_accumulation_equals_the_large_batch():
     for one, other in zip(steps(large, 3), steps(small, 3)):
         assert one["loss"].item() == pytest.approx(other["loss"].item(), rel=1e-5)
     assert_same(small.state_dict(), large.state_dict())
+
+
+def test_the_loss_is_recorded_by_noise_level():
+    (stats,) = steps(make(sigma_mean=-1.5, sigma_std=1e-6, batch_gpu=2), 1)  # all levels are 0.22
+    assert stats["loss_by_sigma"].shape == (len(SIGMA_EDGES) + 1,)
+    assert stats["loss_by_sigma"][1].item() == pytest.approx(stats["loss"].item(), rel=1e-5)
+    assert stats["loss_by_sigma"].isnan().tolist() == [True, False, True, True, True, True]
 
 
 def test_resume_is_exact():

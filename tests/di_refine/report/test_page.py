@@ -176,7 +176,7 @@ def test_a_run_without_snapshots(tmp_path):
     folder.mkdir()
     (folder / "training_options.json").write_text(json.dumps(OPTIONS))
     said = visible(text_of(folder))
-    assert "No snapshot yet" in said and "Nothing has been measured yet" in said and "0 of 12 kimg" in said
+    assert "No snapshot yet" in said and "Nothing has been measured" in said and "0 of 12 kimg" in said
 
 
 HOSTILE = "</script><script>window.hostile = 1</script><img src=x onerror='window.hostile = 1'>{{ 7 * 7 }}"
@@ -223,12 +223,14 @@ def test_several_runs_are_compared_over_the_seeds_of_both(run, tmp_path):
     other = make_run(tmp_path / "00001-other", {"seed": 1, "lr": 0.002}, shift=-1.0)
     said = visible(text_of(run, other))
     # Seeds 2 and 3 of both: 3.3 - 4.6 and 3.6 - 4.9.
-    assert "00001-other 8.20 +- 0.10 3.60 +- 0.30 at 8.064 kimg 1 -1.3 (-1.3 to -1.3) *" in said
+    assert "00001-other 8.20 +- 0.10 3.60 +- 0.30 8.064 1 -1.3 (-1.3 to -1.3) *" in said
     assert "lr 0.001 0.002" in said and "which the runs agree" in said
-    chart = charts.metric(FD, [Run(run), Run(other)])
+    chart = charts.metric(FD, [Run(run), Run(other)], ["00000-mine", "00001-other"])
     assert [trace["name"] for trace in chart["data"] if trace.get("showlegend", True)] == ["00000-mine", "00001-other"]
-    elsewhere = make_run(tmp_path / "00002-elsewhere", reference=6)
-    assert "measured against something else" in visible(text_of(run, elsewhere))
+    twin = make_run(tmp_path / "00000-mine", reference=6)
+    said = visible(text_of(run, twin))
+    assert f"{run.parent.name}/00000-mine" in said and f"{tmp_path.name}/00000-mine" in said
+    assert "measured against something else" in said
 
 
 def test_runs_without_a_common_metric_are_refused(run, tmp_path):
