@@ -1,6 +1,7 @@
 """A measured metric, and the `metric-<name>.jsonl` files of a run directory."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -88,7 +89,7 @@ class MetricResult:
             ValueError: something is missing, or of another kind.
         """
         try:
-            values, reference = dict(record["results"]), dict(record["reference"])
+            values, reference, labels = dict(record["results"]), dict(record["reference"]), record.get("labels")
             numbers = {
                 name: int(record[name]) for name in ("num_images", "seed", "resolution", "num_channels", "num_gpus")
             }
@@ -98,13 +99,13 @@ class MetricResult:
                 detector=Identity(**record["detector"]),
                 reference=reference,
                 seconds=float(record["total_time"]),
-                labels=record.get("labels"),
+                labels=None if labels is None else str(labels),
                 **numbers,
             )
-        except (LookupError, TypeError, ValueError) as error:
+        except (LookupError, ArithmeticError, TypeError, ValueError) as error:
             raise ValueError(f"it is no measurement ({type(error).__name__}: {error})") from None
-        if not found.values:
-            raise ValueError("it is no measurement (it has no values)")
+        if not found.values or not all(map(math.isfinite, found.values.values())):
+            raise ValueError("it is no measurement (it has no values, or such as are not finite)")
         return found
 
 

@@ -102,16 +102,12 @@ def metric(key: str, runs: Sequence[Run], labels: Sequence[str] = ()) -> Chart:
 
 def lines(run: Run) -> dict[str, Chart]:
     """The statistics of a run's ticks that have a chart, by its title."""
-    names = list(
-        dict.fromkeys(name for tick in run.ticks for name, value in tick.items() if not isinstance(value, list))
-    )
+    names = list(dict.fromkeys(name for tick in run.ticks for name in tick))
     found = {}
     for title, (unit, belongs) in LINES.items():
         data: list[dict[str, Any]] = []
         for name in filter(belongs, names):
-            kimg, values = run.series(name)
-            # The first line of the statistics tells of no steps.
-            drawn = [(x, y) for x, y in zip(kimg, values) if x > 0 and not isinstance(y, (list, dict, str))]
+            drawn = [(kimg, value) for kimg, value in run.series(name) if kimg > 0]  # at 0 there were no steps
             if drawn:
                 x, y = zip(*_thinned(drawn))
                 data.append(_line(str(escape(name)), x, y, COLORS[len(data) % len(COLORS)]))
@@ -129,11 +125,7 @@ def heat_maps(run: Run) -> dict[str, Chart]:
     levels = [f"< {edges[0]}", *(f"{low} to {high}" for low, high in zip(edges, edges[1:])), f"> {edges[-1]}"]
     found = {}
     for name, (title, unit) in MAPS.items():
-        columns = [
-            (kimg, values)
-            for kimg, values in zip(*run.series(name))
-            if isinstance(values, list) and len(values) == len(levels)
-        ]
+        columns = [(kimg, values) for kimg, values in run.vectors(name) if len(values) == len(levels)]
         if not columns:
             continue
         kimg, values = zip(*_thinned(columns))

@@ -57,8 +57,8 @@ def write(path: Path, folders: Sequence[Path]) -> None:
     runs = [Run(folder) for folder in folders]
     content = _of_one(runs[0], path.parent) if len(runs) == 1 else _of_several(runs, path.parent)
     text = _render(content)
-    with misc.open_atomic(path, "w") as file:
-        file.write(text)
+    with misc.open_atomic(path) as file:
+        file.write(text.encode(errors="replace"))  # JSON can hold what UTF-8 cannot
 
 
 def _render(content: dict[str, Any]) -> str:
@@ -230,13 +230,14 @@ def _facts(run: Run) -> Iterable[tuple[str, str]]:
     if isinstance(files, list) and files:
         yield TEACHER, ", ".join(Path(str(file)).name for file in files)
     yield "images seen", f"{run.kimg:g} kimg"
-    speeds = [value for kimg, value in zip(*run.series("images_per_sec")) if kimg > 0]
+    speeds = [value for kimg, value in run.series("images_per_sec") if kimg > 0]
     if speeds:
-        yield "speed", f"{statistics.median(speeds):.4g} images/s, median of the ticks"
+        yield "speed (median)", f"{statistics.median(speeds):.4g} images/s"
     for name, key in (("memory", "cpu_memory_gb"), ("memory of the GPU", "gpu_memory_gb")):
-        if values := run.series(key)[1]:
+        if values := [value for _, value in run.series(key)]:
             yield name, f"{max(values):.3g} GiB at most"
-    if times := run.series("timestamp")[1]:
+    times = [value for _, value in run.series("timestamp") if 0 < value < 1e11]
+    if times:
         moment = datetime.datetime.fromtimestamp(times[-1], datetime.timezone.utc)
         yield "last tick", f"{moment:%Y-%m-%d %H:%M} UTC"
 
@@ -250,7 +251,11 @@ def _options(run: Run) -> dict[str, Any]:
     origin = {**SOURCES, "preset": f"preset {run.options.get('preset')}"}
     settings = _settings(run)
     rows = [
-        [name, _value(run.options[name]), origin.get(sources[name], str(sources[name])) if name in sources else default]
+        [
+            name,
+            _value(run.options[name]),
+            origin.get(str(sources[name]), str(sources[name])) if name in sources else default,
+        ]
         for name in settings
     ]
     facts = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from di_refine.errors import InputError
 from di_refine.files.run_files import RunFiles, snapshot_kimg
 from di_refine.metrics import compare
 from di_refine.metrics.kinds import MetricSpec, parse_metric
-from di_refine.metrics.results import MetricResult, read_jsonl
+from di_refine.metrics.results import MAX_BYTES, MetricResult, read_jsonl
 from di_refine.runs.directory import is_running
 from torch_utils import safe_files
 
@@ -98,12 +97,13 @@ class Run:
         """Thousands of images seen."""
         at_end = (self.result or {}).get("kimg")  # a run may be stopped between two ticks
         seen = self.ticks[-1]["kimg"] if self.ticks else 0.0
-        return float(at_end) if isinstance(at_end, (int, float)) else seen
+        return float(at_end) if at_end is not None and is_number(at_end) else seen
 
     @property
     def seed(self) -> int:
         """Of the measurements in the course of the run."""
-        return self.options.get("seed") or 0
+        seed = self.options.get("seed")
+        return seed if isinstance(seed, int) else 0
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -155,8 +155,9 @@ class Run:
                     place = self._place(course, record, result.seed)
                     if place is not None:
                         place[result.seed] = result  # a resumed run may have measured it again
-        own = self.options.get("metrics") or []
-        first = {name: number for number, name in enumerate(own.split(",") if isinstance(own, str) else own)}
+        own = self.options.get("metrics")
+        names = own.split(",") if isinstance(own, str) else own if isinstance(own, list) else []
+        first = {str(name): number for number, name in enumerate(names)}
         order = sorted(found, key=lambda key: first.get(found[key].spec.name, len(first)))
         return {
             key: Course(found[key].spec, dict(sorted(found[key].snapshots.items())), found[key].teacher)
@@ -165,7 +166,7 @@ class Run:
 
     def _place(self, course: Course, record: dict[str, Any], seed: int) -> BySeed | None:
         """Where a measurement belongs; None where that is not known."""
-        kimg = snapshot_kimg(Path(record.get("snapshot_pkl") or "").name)
+        kimg = snapshot_kimg(Path(str(record.get("snapshot_pkl"))).name)
         if kimg is not None:
             exact = [tick["kimg"] for tick in self.ticks if int(tick["kimg"]) == kimg and tick["kimg"] > 0]
             return course.snapshots.setdefault(exact[-1] if exact else float(kimg), {})
@@ -224,15 +225,18 @@ class Run:
                     steps = self.options.get("teacher_steps") if kimg is None else None
                     yield {**compare.summarise(name, chosen), "steps": steps if isinstance(steps, int) else None}
 
-    def series(self, name: str) -> tuple[list[float], list[Any]]:
-        """The kimg of the ticks that have a statistic, and its values."""
-        found = [(tick["kimg"], tick[name]) for tick in self.ticks if tick.get(name) is not None]
-        return [kimg for kimg, _ in found], [value for _, value in found]
+    def series(self, name: str) -> list[tuple[float, float]]:
+        """A statistic over the course of the run, where it is a number: kimg and value."""
+        return [(tick["kimg"], tick[name]) for tick in self.ticks if is_number(tick.get(name))]
+
+    def vectors(self, name: str) -> list[tuple[float, list[Any]]]:
+        """A statistic that is a list, by noise level: kimg and values, in which None stands for nothing."""
+        return [(tick["kimg"], tick[name]) for tick in self.ticks if isinstance(tick.get(name), list)]
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value from a file is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value from a file is a number that arithmetic takes."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _read_object(path: Path) -> dict[str, Any] | None:
@@ -254,7 +258,7 @@ def _read_object(path: Path) -> dict[str, Any] | None:
 
 def _read_text(path: Path) -> str:
     try:
-        with safe_files.open_regular(path) as file:
+        with safe_files.open_regular(path, MAX_BYTES) as file:
             return file.read().decode(errors="replace")
     except OSError:
         return ""

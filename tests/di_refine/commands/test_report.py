@@ -1,6 +1,7 @@
 """The command `python -m di_refine report`: what it writes, and the sentences in which it refuses."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,11 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-9])
 
 
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 FAULTS = {
     "no folder": (lambda run: run.path.rename(run.path.with_name("gone")), "is no folder"),
     "no run": (lambda run: run.options.unlink(), "is no run directory: it has no training_options.json"),
@@ -58,6 +64,8 @@ FAULTS = {
     "statistics": (lambda run: cut(run.stats), "stats.jsonl line 1 is not a JSON object"),
     "metric": (lambda run: cut(run.metric(FD)), "metric-fd1k_full@toy.jsonl line 1 is not a JSON object"),
     "measurement": (lambda run: run.metric(FD).write_text('{"metric": 3}'), "line 1 is damaged: it is no measurement"),
+    "pipe": (lambda run: pipe(run.stats), "stats.jsonl cannot be read"),
+    "picture of a pipe": (lambda run: pipe(run.samples(4000)), "fakes000004.png is no readable picture"),
     "picture": (
         lambda run: run.samples(4000).write_bytes(run.samples(4000).read_bytes()[:2000]),
         "fakes000004.png is no readable picture",
