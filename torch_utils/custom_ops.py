@@ -125,7 +125,17 @@ def mark_loaded(device_type: str) -> None:
     _libraries[device_type] = None
 
 
-@torch.compiler.assume_constant_result
+def _constant(function: Callable) -> Callable:
+    """Mark a function whose result `torch.compile` may take for a constant.
+
+    `torch.compiler.assume_constant_result` does just this, but imports all of torch._dynamo for it, whose two to three
+    seconds every command would spend at its start.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def _available(device_type: str) -> bool:
     """Return whether 'auto' takes the compiled form; a CPU library is used where it exists, but never built for it."""
     known = device_type in _libraries
@@ -135,7 +145,7 @@ def _available(device_type: str) -> bool:
     return available
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _loaded(device_type: str, build: bool) -> bool:
     from torch_utils.ops import building
 

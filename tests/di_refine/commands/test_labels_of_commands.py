@@ -20,7 +20,7 @@ from torch_utils import persistence
 
 CASES = GOLDEN.parent / "cases"
 COUNTS = {"cats": 20, "flags": 2, "frogs": 6, "ships": 12}
-METRIC = "fd1k_full@toy"
+METRIC = "fd64_full@toy"
 SHORT = ["--batch=4", "--kimg=0.008", "--tick=0.004", "--snap=1", "--device=cpu"]
 GAN = ["gan", "--z-dim=8", "--channel-base=64", "--channel-max=8", "--mbstd-group=4", *SHORT]
 TEACHER = ["teacher", "--width=8", "--channel-mult=1,1", "--num-blocks=1", "--attn-resolutions=8", "--lr-rampup=0"]
@@ -183,8 +183,8 @@ def test_generate_takes_names_and_writes_them_on_the_grid(made, tmp_path):
     assert both == "error: --labels and --class both say what to draw; give one of them\n"
     report(generate, *command, "--seeds=0-15", "--columns=8", "--labels=uniform")
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.width == 8 * 16 and grid.height > 2 * 16, "turned titles of the columns"
-        assert np.asarray(grid.convert("L"))[: grid.height - 32].min() < 100, "which are dark on white"
+        assert grid.width == 8 * 32 and grid.height > 2 * 32, "enlarged, with turned titles of the columns"
+        assert np.asarray(grid.convert("L"))[: grid.height - 64].min() < 100, "which are dark on white"
 
 
 def test_samples_of_a_teacher_follow_its_law_and_keep_the_names(made, tmp_path):
@@ -248,8 +248,8 @@ def test_label_vectors_have_no_recognised_class(made, tmp_path):
     torch.manual_seed(0)
     save_small(SmallConvNet(16, 3, classes=4, width=4, feature_dim=8), tmp_path / "toy.safetensors", "toy")
     measuring = [f"--detector={tmp_path / 'toy.safetensors'}", f"--data={CASES / 'labels_multi_hot'}", "--device=cpu"]
-    message = refused(calc_metrics, f"--network={gan}", "--metrics=acc1k@toy", *measuring)
-    assert "acc1k@toy compares one class with another" in message
+    message = refused(calc_metrics, f"--network={gan}", "--metrics=acc64@toy", *measuring)
+    assert "acc64@toy compares one class with another" in message
     assert (
         report(calc_metrics, f"--network={gan}", f"--metrics={METRIC}", *measuring)["results"][0]["labels"] == "network"
     )

@@ -215,10 +215,10 @@ def test_features_and_metrics_during_training(tmp_path, data):
     assert report(made)["held_out_images"] == 2
     net = load_detector(detector)
     assert net.identity.name == "toy" and FeatureStatistics.load(stats).count == 24
-    metrics = ["--metrics=fd1k_full@toy", f"--detector={detector}"]
+    metrics = ["--metrics=fd64_full@toy", f"--detector={detector}"]
     result = report(pretrain(GAN, data, tmp_path, "--kimg=0.008", "--snap=1", *metrics))
-    assert result["fd1k_full@toy"] > 0
-    rows = (Path(result["run_dir"]) / "metric-fd1k_full@toy.jsonl").read_text().splitlines()
+    assert result["fd64_full@toy"] > 0
+    rows = (Path(result["run_dir"]) / "metric-fd64_full@toy.jsonl").read_text().splitlines()
     assert [json.loads(row)["snapshot_pkl"] for row in rows] == ["network-snapshot-000000.pkl"]
 
 

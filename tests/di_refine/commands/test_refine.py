@@ -75,7 +75,7 @@ def measured(tmp_path_factory):
     save_small(SmallConvNet(32, 3, classes=10, width=4, feature_dim=8), folder / "toy.safetensors", "toy")
     data = write_images(folder / "data", 20, size=32)
     metrics = {
-        "metrics": "fd1k_full@toy,acc1k@toy",
+        "metrics": "fd64_full@toy,acc64@toy",
         "detector": folder / "toy.safetensors",
         "ref": data,
         "teacher_steps": 1,
@@ -88,7 +88,7 @@ def measured(tmp_path_factory):
 
 def test_result_and_run_directory(measured):
     report, stdout = measured
-    assert report["metric"] == "fd1k_full@toy"
+    assert report["metric"] == "fd64_full@toy"
     assert {"original", "refined", "best", "teacher", "run_dir", "snapshot", "images_per_sec"} <= set(report)
     rows = [line.split("  ")[0] for line in stdout.splitlines()[2:6]]
     assert rows == ["original", "refined (last)", "refined (best)", "teacher, 1 step"]
@@ -101,8 +101,8 @@ def test_result_and_run_directory(measured):
         "training_options.json",
         "log.txt",
         "stats.jsonl",
-        "metric-fd1k_full@toy.jsonl",
-        "metric-acc1k@toy.jsonl",
+        "metric-fd64_full@toy.jsonl",
+        "metric-acc64@toy.jsonl",
         "fakes_init.png",
         "fakes000000.png",
         "before_after.png",
@@ -113,7 +113,7 @@ def test_result_and_run_directory(measured):
     }
     ticks = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
     assert [tick["kimg"] for tick in ticks] == [0, 0.008]
-    rows = [json.loads(line) for line in (run / "metric-fd1k_full@toy.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metric-fd64_full@toy.jsonl").read_text().splitlines()]
     last = "network-snapshot-000000.pkl"
     assert [(row["snapshot_pkl"], row["seed"]) for row in rows] == [
         *((None, seed) for seed in (1, 2, 3)),  # of the original
@@ -121,14 +121,14 @@ def test_result_and_run_directory(measured):
         *((last, seed) for seed in (0, 1, 2, 3)),
     ]
     assert [row["network"] for row in rows[:5]] == [*["original"] * 3, "teacher", None]
-    values = [row["results"]["fd1k_full@toy"] for row in rows]
+    values = [row["results"]["fd64_full@toy"] for row in rows]
     assert report["original"] == pytest.approx(sum(values[:3]) / 3, rel=1e-5)
     assert report["refined"] == pytest.approx(sum(values[6:]) / 3, rel=1e-5)
     assert report["change"] == pytest.approx(report["best"] - report["original"], abs=1e-4)
     log = (run / "log.txt").read_text()
     assert json.loads((run / "result.json").read_text()) == report
     assert html.escape(report["verdict"][0]) in (run / "report.html").read_text(encoding="utf-8")
-    assert "fd1k_full@toy before: original " in log and report["verdict"][0] in log
+    assert "fd64_full@toy before: original " in log and report["verdict"][0] in log
     assert json.loads((run / "training_options.json").read_text())["teacher_files"] == [str(T_COND)]
 
 
@@ -147,17 +147,17 @@ def test_snapshot_is_the_original_file_with_other_weights(measured):
 
 def test_final_metrics_are_measured_at_the_end_alone(measured, tmp_path):
     folder = Path(measured[0]["run_dir"]).parents[1]
-    metrics = {"metrics": "acc1k@toy", "final_metrics": "fd1k_full@toy", "teacher_steps": 1, "kimg": 0.008}
+    metrics = {"metrics": "acc64@toy", "final_metrics": "fd64_full@toy", "teacher_steps": 1, "kimg": 0.008}
     changes = {**metrics, "detector": folder / "toy.safetensors", "ref": folder / "data"}
     result = refine(*options(tmp_path, **changes))
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
-    assert report["metric"] == "fd1k_full@toy"
+    assert report["metric"] == "fd64_full@toy"
     for row in ("original", "refined", "best", "teacher"):
         assert report[row] == pytest.approx(measured[0][row], rel=1e-5), row
     run = Path(report["run_dir"])
     count = {path.name: len(path.read_text().splitlines()) for path in run.glob("metric-*.jsonl")}
-    assert count == {"metric-acc1k@toy.jsonl": 2, "metric-fd1k_full@toy.jsonl": 7}
+    assert count == {"metric-acc64@toy.jsonl": 2, "metric-fd64_full@toy.jsonl": 7}
 
 
 @pytest.mark.parametrize("objective", ["ikl", "sid"])
@@ -428,7 +428,7 @@ def test_another_experiment_does_not_continue_a_run(tmp_path):
 
 def test_a_run_that_gets_worse_or_late_stops(tmp_path, measured):
     folder = Path(measured[0]["run_dir"]).parents[1]
-    metrics = {"metrics": "fd1k_full@toy", "detector": folder / "toy.safetensors", "ref": folder / "data"}
+    metrics = {"metrics": "fd64_full@toy", "detector": folder / "toy.safetensors", "ref": folder / "data"}
     changes = {**metrics, "teacher_steps": 1, "lr": 1, "score_warmup": 0, "stop_if_worse": 1.01}
     result = refine(*options(tmp_path / "worse", **changes))
     report = json.loads(result.stdout.splitlines()[-1])
