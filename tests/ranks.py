@@ -3,10 +3,14 @@
 A module that uses this ends with `if __name__ == "__main__": ranks.main(globals())`.
 """
 
+import contextlib
+import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -14,6 +18,12 @@ import torch
 from torch_utils import distributed
 
 ROOT = Path(__file__).parents[1]
+
+# Processes are forked from one that has imported what they need: importing takes seconds, most of these run shorter.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    ["torch._dynamo", "di_refine.commands.pretrain", "di_refine.trainer", "di_refine.runs.loop"]
+)
 
 
 def start(file, function, size, *arguments):
@@ -23,9 +33,63 @@ def start(file, function, size, *arguments):
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
-        _process([str(file), function, *map(str, arguments)], {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        Forked([str(file), function, *map(str, arguments)], {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(size)
     ]
+
+
+class Forked:
+    """A Python program in a process of its own, with as much of `subprocess.Popen` as tests use.
+
+    Args:
+        arguments: the file and its arguments.
+        variables: of its environment, besides those of this process.
+    """
+
+    def __init__(self, arguments, variables):
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = [Path(self._folder.name) / name for name in ("out", "err")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+        self._process = _SERVER.Process(target=_program, args=(arguments, environment, *map(str, self._files)))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    def poll(self):
+        return self._process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def communicate(self, timeout=None):
+        """Wait for the end; return what was written to standard output and error."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+            raise subprocess.TimeoutExpired("a forked process", timeout)
+        return tuple(path.read_text() for path in self._files)
+
+
+def _program(arguments, environment, out, err):
+    """Become the program `arguments`, which writes to the files `out` and `err`."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    for number, path in ((1, out), (2, err)):
+        target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(target, number)
+        os.close(target)
+    sys.argv = arguments
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    try:
+        runpy.run_path(arguments[0], run_name="__main__")
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
 
 
 def torchrun(file, function, size, *arguments):

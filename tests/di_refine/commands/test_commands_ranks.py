@@ -136,7 +136,7 @@ def test_a_second_run_on_the_directory_is_refused_and_a_killed_one_goes_on(tmp_p
     options = [*REFINE, *COMMON, "--objective=f-js", f"--data={data}", "--score-warmup=0.024", "--metrics=none"]
     options += ["--tick=0.12", "--snap=2"]
     parts = [f"--outdir={tmp_path / 'parts'}", "--resume=auto"]
-    first = started(["refine.py"], *options, *parts, "--kimg=1000")
+    first = ranks.Forked(["refine.py", *options, *parts, "--kimg=1000"], {})
     wait_for(tmp_path, "parts/*/training-state-*.pt")
     second = CliRunner().invoke(refine, [*options, *parts, "--kimg=1000"])
     running = first.poll() is None

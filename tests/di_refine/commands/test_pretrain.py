@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +81,9 @@ def test_a_stop_between_changes_nothing(tmp_path, data, command, kind):
     assert second["run_dir"] == first["run_dir"] and second["kimg"] == 0.024
     assert_same_networks(whole["snapshot"], second["snapshot"], kind)
 
-    child = [sys.executable, ROOT / "tests/soak/child.py", json.dumps({"kill_at": 20}), "pretrain.py"]
-    killed = subprocess.run([*child, *arguments(command, data, tmp_path / "killed", "--kimg=0.024")], check=False)
+    child = ["tests/soak/child.py", json.dumps({"kill_at": 20}), "pretrain.py"]
+    killed = ranks.Forked([*child, *arguments(command, data, tmp_path / "killed", "--kimg=0.024")], {})
+    killed.communicate(timeout=120)
     assert killed.returncode == -signal.SIGKILL
     third = pretrain(command, data, tmp_path / "killed", "--kimg=0.024", "--resume=auto")
     assert "continuing from training-state-000000.pt at 0.016 kimg" in third.stderr
