@@ -17,9 +17,10 @@ $(STAMP): requirements.txt requirements-dev.txt
 demo: setup
 	$(BIN)/python refine.py --network=stylegan2-digits.pkl
 
-# Tests of one file stay together, for their fixtures. One that hangs is ended, and says where.
+# Tests of one file stay together, for their fixtures, and files are begun in their order: the longest are among the first.
+# A test that hangs is ended, and says where.
 TEST_WORKERS ?= 2
-SUITE := -m pytest --numprocesses=$(TEST_WORKERS) --dist=loadfile --timeout=600 --durations=20
+SUITE := -m pytest --numprocesses=$(TEST_WORKERS) --dist=loadfile --no-loadscope-reorder --timeout=600 --durations=20
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python $(SUITE)
 

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from di_refine.commands import report
+from di_refine.commands import ending
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -86,7 +86,7 @@ def test_every_documented_target_of_make_exists():
 def pictures(tmp_path, monkeypatch):
     """A working folder with pictures of two classes; what trainings draw has one row, as drawing takes longest here."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "class_grid", functools.partial(report.class_grid, rows=1))
+    monkeypatch.setattr(ending, "class_grid", functools.partial(ending.class_grid, rows=1))
     for i in range(24):
         folder = tmp_path / "pictures" / ("dark" if i % 2 else "bright")
         folder.mkdir(parents=True, exist_ok=True)

@@ -298,6 +298,18 @@ def test_doctor(compiled_library):
     assert result.returncode == 0 and "not built" in result.stdout
 
 
+def test_compilers_take_what_is_available_for_a_constant():
+    marked = torch.compiler.assume_constant_result(lambda: None)
+    assert vars(custom_ops._available) == vars(custom_ops._loaded) == vars(marked) != {}
+
+
+def test_networks_come_without_the_compiler():
+    """Importing it takes as long as all of PyTorch, and no command but a training needs it."""
+    code = "import sys, torch; before = 'torch._dynamo' in sys.modules\n"
+    code += "import stylegan2_ada.networks; sys.exit('torch._dynamo' in sys.modules and not before)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # nvcc and the GPU machine
 
