@@ -160,7 +160,14 @@ def _thinned(points: list[Any]) -> list[Any]:
 
 
 def _chart(data: list[dict[str, Any]], unit: str) -> Chart:
-    axis = {"gridcolor": "#e4e4e4", "zeroline": False, "automargin": True, "linecolor": "#999999", "ticks": "outside"}
+    axis = {
+        "gridcolor": "#e4e4e4",
+        "zeroline": False,
+        "automargin": True,
+        "linecolor": "#999999",
+        "ticks": "outside",
+        "exponentformat": "power",
+    }
     layout = {
         "xaxis": {**axis, "title": {"text": KIMG}},
         "yaxis": {**axis, "title": {"text": unit}},

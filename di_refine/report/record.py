@@ -112,7 +112,7 @@ class Run:
         length = self.options.get("kimg")
         so_far = f"{self.kimg:g} of {length:g} kimg" if is_number(length) else f"{self.kimg:g} kimg"
         if self.result is None and is_running(self.path):
-            return [f"running: {so_far}"]
+            return [f"running: {so_far}", *self._best_value()]
         said = self.result.get("verdict") if self.result is not None else self._logged_verdict()
         sentences = [str(sentence) for sentence in said] if isinstance(said, list) else []
         stopped = self.result.get("stopped") if self.result is not None else None
@@ -120,7 +120,16 @@ class Run:
             sentences.append(f"stopped by {stopped} at {so_far}; the same command with --resume=auto goes on")
         elif self.result is None and not sentences:
             sentences.append(f"not finished: {so_far}; the same command with --resume=auto goes on")
-        return sentences or [f"finished: {so_far}"]
+        return sentences or [f"finished: {so_far}", *self._best_value()]
+
+    def _best_value(self) -> list[str]:
+        """The first metric at the best snapshot, as a sentence; none before there is one."""
+        for key, course in self.courses.items():
+            found = {} if self.best is None else course.snapshots.get(self.best, {})
+            if self.seed in found:
+                return [f"best at {self.best:g} kimg: {key} {compare.number(found[self.seed].values[key])}"]
+            break
+        return []
 
     def _logged_verdict(self) -> list[str]:
         """The verdict in the log, which is all that runs have that were written before there was a `result.json`."""

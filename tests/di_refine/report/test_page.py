@@ -150,7 +150,7 @@ def test_verdicts_before_and_after_the_end(tmp_path):
     ]
     directory = RunDirectory(folder)
     directory.lock()
-    assert Run(folder).verdict() == ["running: 12.096 of 40 kimg"]
+    assert Run(folder).verdict() == ["running: 12.096 of 40 kimg", f"best at 8.064 kimg: {FD} 4"]
     directory.close()
     (folder / "log.txt").write_text("tick 3\nbetter: it fell\nuse it\n")  # as before there was a result.json
     assert Run(folder).verdict() == ["better: it fell", "use it"]
