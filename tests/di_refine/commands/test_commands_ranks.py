@@ -71,7 +71,7 @@ def test_two_processes_of_torchrun_are_as_one(tmp_path):
     for i in range(20):
         pixels = np.random.default_rng(i).integers(0, 256, [16, 16, 3], np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"data/{i}.png")
-    metrics = ["--metrics=fd1k_full@toy,acc1k@toy", f"--detector={tmp_path / 'toy.safetensors'}"]
+    metrics = ["--metrics=fd300_full@toy,acc300@toy", f"--detector={tmp_path / 'toy.safetensors'}"]
     options = [*DISTILL, *COMMON, *metrics, f"--ref={tmp_path / 'data'}", "--teacher-steps=1", "--score-warmup=0"]
     options += ["--kimg=0.024", "--tick=0.012", "--snap=1"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "distill.py"]
@@ -89,7 +89,9 @@ def test_two_processes_of_torchrun_are_as_one(tmp_path):
     files = [sorted(path.name.split(".vm")[0].split(".1")[0] for path in run.iterdir()) for run in runs]
     assert files[0] == files[1]
     counts = [{path.name: len(path.read_text().splitlines()) for path in run.glob("*.jsonl")} for run in runs]
-    assert counts[0] == counts[1] == {"metric-acc1k@toy.jsonl": 10, "metric-fd1k_full@toy.jsonl": 10, "stats.jsonl": 3}
+    assert (
+        counts[0] == counts[1] == {"metric-acc300@toy.jsonl": 10, "metric-fd300_full@toy.jsonl": 10, "stats.jsonl": 3}
+    )
     for one, other in zip(*map(ticks, runs)):
         assert one.keys() == other.keys()
         for name, value in one.items():

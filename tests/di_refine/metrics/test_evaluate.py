@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from PIL import Image
 
@@ -167,10 +168,8 @@ sampler = Sampler()
 results = evaluator(sampler)
 print(json.dumps([[list(r.values.values()), r.num_gpus, len(sampler.calls)] for r in results]))
 """
-    processes = [
-        subprocess.Popen([sys.executable, "-c", script, str(rank)], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    (tmp_path / "script.py").write_text(script)
+    processes = [ranks.Forked([str(tmp_path / "script.py"), str(rank)], {}) for rank in range(2)]
     outputs = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
     assert outputs[0] == outputs[1]
     alone = Evaluator(ALL, folder / "data", folder / "toy.safetensors", batch=100, cache=False)
@@ -196,10 +195,8 @@ try:
 except InputError as error:
     print(error)
 """
-    processes = [
-        subprocess.Popen([sys.executable, "-c", script, str(rank)], stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    (tmp_path / "script.py").write_text(script)
+    processes = [ranks.Forked([str(tmp_path / "script.py"), str(rank)], {}) for rank in range(2)]
     assert [process.communicate(timeout=120)[0].strip() for process in processes] == ["nothing fits"] * 2
 
 

@@ -1,14 +1,12 @@
 """Reference statistics: kept in the cache under what they depend on, remade when damaged, safe among several runs."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from PIL import Image
 
@@ -133,7 +131,7 @@ def test_cache_that_cannot_be_written(folder, capfd):
     assert "cannot keep reference statistics" in capfd.readouterr().err
 
 
-def test_concurrent_runs(folder):
+def test_concurrent_runs(folder, tmp_path):
     script = f"""
 import json, torch
 torch.set_num_threads(1)
@@ -145,13 +143,8 @@ for _ in range(5):
     import shutil; shutil.rmtree("{folder}/cache/statistics", ignore_errors=True)
 print(json.dumps(statistics.mu.tolist()))
 """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
-        for _ in range(2)
-    ]
+    (tmp_path / "script.py").write_text(script)
+    processes = [ranks.Forked([str(tmp_path / "script.py")], {}) for _ in range(2)]
     outputs = [process.communicate(timeout=120) for process in processes]
     assert all(process.returncode == 0 for process in processes), outputs
     mu, other = (json.loads(out) for out, _ in outputs)
