@@ -13,6 +13,7 @@ from di_refine.errors import InputError
 from torch_utils.settings import Declared, Settings, declared
 
 GIVEN = "given"  # as the source of a value
+_ANEW = {"outdir", "resume", "desc", "max_minutes"}  # what each part of a run is told anew
 
 Part = TypeVar("Part", bound=Settings)
 
@@ -85,8 +86,8 @@ def resolve(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The values of a command's options, and where those come from that are no plain defaults.
 
-    What was given counts first, then what a run that goes on was fitted with, then what is recommended, then the
-    preset.
+    What was given counts first, then what a run that goes on was fitted with (or, where `resume` names it, all that it
+    has), then what is recommended, then the preset.
 
     Args:
         context: of the command.
@@ -116,17 +117,24 @@ def resolve(
     kind = presets.AUTO if values["preset"] == presets.AUTO else "preset"
 
     def fitted(kimg: float | None, kept: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        result, sources = dict(values), {name: GIVEN for name in values if is_given(name)}
+        result, sources = dict(values), {name: GIVEN for name in values if is_given(name) and name not in _ANEW}
         preset = presets.values_of(command, values["preset"], dataclasses.replace(facts, kimg=kimg), objective)
         length = {"kimg": kimg} if minutes and kimg else {}
-        for source, layer in ((kind, preset), (recommended_by, recommended), (presets.AUTO, kept), ("minutes", length)):
+        layers = ((kind, preset), (recommended_by, recommended), (presets.AUTO, kept), ("minutes", length))
+        for source, layer in layers:
             for name, value in layer.items():
                 if name in result and not is_given(name):
                     result[name], sources[name] = value, source
-        return result, sources
+        return result | own, sources | {name: of_run[name] for name in own if name in of_run}
 
+    own: dict[str, Any] = {}
+    of_run: dict[str, str] = {}
     first = fitted(asked, {})[0]
     before = recorded(first)
+    if str(values.get("resume") or presets.AUTO) != presets.AUTO:
+        fixed = "kimg" if minutes else ""
+        own = {name: v for name, v in _own(before, values).items() if not is_given(name) and name != fixed}
+        asked, of_run = own.get("kimg", asked), dict(before.get("sources") or {})
     kept = {
         name: before[name]
         for name, source in dict(before.get("sources") or {}).items()
@@ -138,6 +146,20 @@ def resolve(
         # A tenth is left for pictures, snapshots and the start.
         asked = max(float(f"{speed(first) * 60 * 0.9 * minutes / 1000:.3g}"), first["batch"] / 1000)
     return fitted(asked, kept)
+
+
+def _own(recorded: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run has recorded of a command's options, in the form in which the command receives them.
+
+    Addresses are left out, as their secrets are not recorded, and so is what each part of a run is told anew.
+    """
+    own: dict[str, Any] = {}
+    for name in values.keys() & recorded.keys() - _ANEW - {"minutes"}:
+        value = recorded[name]
+        value = tuple(value) if isinstance(value, list) and isinstance(values[name], tuple) else value
+        if isinstance(value, (int, float, str, tuple)) and "://" not in str(value):
+            own[name] = value
+    return own
 
 
 def warn(context: click.Context, values: Mapping[str, Any]) -> None:
