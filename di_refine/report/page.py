@@ -65,7 +65,7 @@ def _render(content: dict[str, Any]) -> str:
     """Fill in the template; charts get their places in the order of their titles."""
     drawn: dict[str, charts.Chart] = {}
     for kind in ("metric_charts", "map_charts", "line_charts"):
-        places = [(title, f"{kind}-{number}") for number, title in enumerate(content.get(kind, {}))]
+        places = [(title, f"{kind}-{number}") for number, title in enumerate(content[kind])]
         drawn |= {place: content[kind][title] for title, place in places}
         content[kind] = places
     # A text of a browser's JSON, in which no character begins a tag.
@@ -123,10 +123,7 @@ def _of_several(runs: Sequence[Run], folder: Path) -> dict[str, Any]:
     Raises:
         InputError: they have no metric in common.
     """
-    common = [
-        key for key in runs[0].courses if all(run.courses[key].snapshots for run in runs[1:] if key in run.courses)
-    ]
-    common = [key for key in common if all(key in run.courses for run in runs)]
+    common = [key for key in runs[0].courses if all(key in run.courses and run.courses[key].snapshots for run in runs)]
     if not common:
         raise InputError(
             f"{runs[0].path} and {', '.join(str(run.path) for run in runs[1:])} have no metric in common; measure them "
