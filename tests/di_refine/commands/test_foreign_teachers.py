@@ -146,7 +146,13 @@ def test_drawing_and_measuring(teacher, tmp_path):
     torch.manual_seed(0)
     save_small(SmallConvNet(8, 3, classes=10, width=4, feature_dim=8), tmp_path / "toy.safetensors", "toy")
     good(generate, f"--network={source}", "--seeds=0-3", "--steps=2", f"--outdir={tmp_path / 'out'}", "--device=cpu")
-    arguments = ["--metrics=acc1k@toy", f"--detector={tmp_path / 'toy.safetensors'}", "--steps=1", "--device=cpu"]
+    arguments = [
+        "--metrics=acc1k@toy",
+        "--no-jsonl",
+        f"--detector={tmp_path / 'toy.safetensors'}",
+        "--steps=1",
+        "--device=cpu",
+    ]
     result = good(calc_metrics, f"--network={source}", *arguments)["results"]
     assert result[0]["metric"] == "acc1k@toy"
     report = good(inspect, source)
