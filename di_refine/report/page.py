@@ -27,7 +27,9 @@ from di_refine.files.pictures import read_png
 from di_refine.metrics import compare
 from di_refine.report import charts
 from di_refine.report.record import TEACHER, Course, Run
+from di_refine.runs.config import RunConfig
 from torch_utils import misc
+from torch_utils.settings import declared
 
 PICTURE_BYTES = 600_000  # of a picture in the page; three of them and plotly have 7.2 MB
 PICTURE_WIDTHS = ((1280, 90), (1280, 75), (960, 75), (640, 75))  # and JPEG's quality, where a picture has more
@@ -42,6 +44,9 @@ SOURCES = {
     "minutes": "fitted to --minutes",
     "start_from": "the network of --from",
 }
+
+TOLD_ANEW = {"max_minutes": None, **{item.name: item.default for item in declared(RunConfig)}}
+"""Options that each part of a run is told anew, so that their source is not recorded, and their defaults."""
 
 
 def write(path: Path, folders: Sequence[Path]) -> None:
@@ -247,14 +252,12 @@ def _options(run: Run) -> dict[str, Any]:
     default = "default" if "given" in sources.values() else "default, or command line"
     origin = {**SOURCES, "preset": f"preset {run.options.get('preset')}"}
     settings = _settings(run)
-    rows = [
-        [
-            name,
-            _value(run.options[name]),
-            origin.get(str(sources[name]), str(sources[name])) if name in sources else default,
-        ]
-        for name in settings
-    ]
+    rows = []
+    for name in settings:
+        value, source = run.options[name], str(sources.get(name, ""))
+        if not source and name in TOLD_ANEW and value != TOLD_ANEW[name]:
+            source = "given"
+        rows.append([name, _value(value), origin.get(source, source) or default])
     facts = [
         [name, _value(value)] for name, value in run.options.items() if name not in (*settings, "sources", "command")
     ]

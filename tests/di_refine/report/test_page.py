@@ -26,6 +26,8 @@ OPTIONS = {
     "lr": 0.001,
     "batch": 64,
     "kimg": 12,
+    "outdir": "elsewhere",
+    "desc": None,
     "metrics": [FD, ACC],
     "sources": {"network": "given", "lr": "auto", "batch": "registry"},
     "network_file": "/somewhere/mine.pkl",
@@ -115,6 +117,7 @@ def test_the_page_says_it(run):
     assert "original 9.20 +- 0.10 0.9000 +- 0.0000" in said and "best, 8.064 kimg 4.60 +- 0.30 *" in said
     assert "teacher 1" in said and "original best, 8 kimg" in said and "Classes: cat, dog" in said
     assert "network mine.pkl command line" in said and "lr 0.001 fitted to the run" in said
+    assert "outdir elsewhere command line" in said and "desc default" in said
     assert "batch 64 registry, for this network" in said and "seed 0 default" in said
     assert markup(text).count('src="data:image/png;base64,') == 3
     links = re.findall(r'href="([^"#]+)"', markup(text))
