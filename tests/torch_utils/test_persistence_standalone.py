@@ -122,7 +122,7 @@ NCSNPP = {
     "channel_mult_noise": 2,
     "resample_filter": [1, 3, 3, 1],
 }
-SHIPPED = ("stylegan2-digits.pkl", "edm-digits-16x16-cond.pkl")
+SHIPPED = ("stylegan2-digits.pkl", "edm-digits-16x16-cond.pkl", "edm-emoji-16x16-cond.pkl")
 MAKE = {
     "skip and resnet": lambda: stylegan2(("skip", "resnet")),
     "resnet and skip": lambda: stylegan2(("resnet", "skip"), block_kwargs={"freeze_layers": 2}),
