@@ -1,6 +1,6 @@
 """A generator of your own, taught by a diffusion model: the smallest complete use of the library.
 
-    python examples/own_generator.py            # two minutes on a CPU; the same command again goes on where it stopped
+    python examples/own_generator.py            # minutes on a CPU; the same command again goes on where it stopped
 
 No image is read: the generator starts from nothing, and all that it learns of digits it learns from the teacher.
 """
