@@ -16,7 +16,7 @@ class LowRank(torch.nn.Module):
 
     Args:
         weight: `[out, ...]`.
-        rank: of the product; at most that of the weight is kept.
+        rank: of the product; one above that of the weight is cut to it.
     """
 
     def __init__(self, weight: torch.Tensor, rank: int):
@@ -51,7 +51,7 @@ def adapted(net: torch.nn.Module, rank: int, seed: int = 0) -> torch.nn.Module:
         for module in list(twin.modules()):
             for name, p in list(module.named_parameters(recurse=False)):
                 if id(p) in shared:
-                    # `unsafe` leaves out a trial run of each, which has been made by the tests.
+                    # `unsafe` leaves out PyTorch's check of shape and dtype, which are the weight's by construction.
                     parametrize.register_parametrization(module, name, LowRank(p, rank), unsafe=True)
     return twin
 

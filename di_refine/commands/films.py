@@ -125,12 +125,14 @@ def frames(walk: Walk, samplers: Sequence[tuple[str, NetworkSampler]], columns: 
     """The pictures of a film: a grid of one network's images, or of several networks', each under its title.
 
     Raises:
-        InputError: networks do not have the same latents and classes.
+        InputError: networks do not have the same latents and classes, or there is no w to walk in.
     """
     first = samplers[0][1]
     for title, sampler in samplers[1:]:
         if (sampler.latent_shape, sampler.label_dim) != (first.latent_shape, first.label_dim):
             raise InputError(f"--beside: {title} has other latents or classes, so it cannot walk the same way")
+    for title, sampler in samplers if walk.space == "w" else ():
+        stylegan2(sampler, "--walk=w", title)
     labels = first.law.in_turn(walk.seeds[: walk.tiles])
     return _frames(walk, samplers, columns, labels)
 
@@ -192,7 +194,11 @@ def of_runs(runs: Sequence[Run]) -> Iterator[Image.Image]:
 
 
 def truncations(sampler: NetworkSampler, network: str, seeds: list[int], psis: Sequence[float]) -> Titled:
-    """Each seed in a row, each truncation psi in a column; see `NetworkSampler` and `StyleGAN2Generator`."""
+    """Each seed in a row, each truncation psi in a column.
+
+    Raises:
+        InputError: the network is no StyleGAN2 generator.
+    """
     generator = stylegan2(sampler, "--psis", network)
     labels, before, columns = sampler.law.in_turn(seeds), generator.truncation_psi, []
     try:
@@ -205,7 +211,11 @@ def truncations(sampler: NetworkSampler, network: str, seeds: list[int], psis: S
 
 
 def classes(sampler: NetworkSampler, network: str, seeds: list[int]) -> Titled:
-    """Each seed in a row, each class that is drawn in a column."""
+    """Each seed in a row, each class that is drawn in a column.
+
+    Raises:
+        InputError: the network has no classes.
+    """
     law = sampler.law
     if not (law.label_dim and law.has_classes):
         raise InputError(f"--each-class: {network} has no classes")
@@ -223,6 +233,9 @@ def style_mixing(
     """Each seed in a row; each column takes the w of some layers from another seed (arXiv 1812.04948, section 3.1).
 
     The first row and column are the seeds by themselves; the corner is white. None for layers is their first half.
+
+    Raises:
+        InputError: the network is no StyleGAN2 generator, or has no such layer.
     """
     generator = stylegan2(sampler, "--mix", network)
     if layers is None:

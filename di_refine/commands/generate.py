@@ -199,6 +199,10 @@ def main(network, seeds, label, labels, latents, truncation, noise_mode, project
         pictures.check_channels(sampler.num_channels)
         return sampler
 
+    if work == "--video":
+        from di_refine.files import film
+
+        film.check(cli.check_outfile(rest["video"], "--video"), "--video")
     sampler = load(network)
     if latents != "own" and work is not None:
         raise InputError(f"--latents={latents} is for pictures one by one, without {work}")
@@ -209,6 +213,8 @@ def main(network, seeds, label, labels, latents, truncation, noise_mode, project
     elif work == "--video":
         result = draw_film(load, sampler, network, seeds or SHOWN, rest)
     elif work is not None:
+        if rest["columns"]:
+            raise InputError(f"--columns is for pictures and films; {work} says itself what stands in columns")
         if work == "--psis" and truncation != 1:
             raise InputError("--psis has truncation psi in columns; leave --truncation out")
         result = draw_sheet(work, sampler, network, seeds or SHOWN, folder, rest)
@@ -334,15 +340,14 @@ def draw_film(
     from di_refine.commands import films
     from di_refine.files import film, pictures
 
-    path = cli.check_outfile(given["video"], "--video")
-    film.check(path, "--video")
+    path = Path(given["video"])
     networks = [network, *([given["beside"]] if given["beside"] else [])]
     samplers = [sampler, *map(load, networks[1:])]
     fps, tiles = given["fps"] or 25.0, given["tiles"] or 1
     columns = pictures.grid_columns(tiles, given["columns"])
     walk = films.Walk(seeds, tiles, max(1, round((given["seconds"] or 1.0) * fps)), given["walk"])
-    path.parent.mkdir(parents=True, exist_ok=True)
     frames = films.frames(walk, [(Path(name).stem, each) for name, each in zip(networks, samplers)], columns)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with terminal.progress(len(walk), "filming", "frames") as bar:
 
         def counted() -> Iterator[Image.Image]:

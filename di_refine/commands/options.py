@@ -10,10 +10,12 @@ from click.core import ParameterSource
 from di_refine import presets, terminal
 from di_refine.commands import cli
 from di_refine.errors import InputError
+from di_refine.runs.config import TOLD_ANEW
 from torch_utils.settings import Declared, Settings, declared
 
 GIVEN = "given"  # as the source of a value
-_ANEW = {"outdir", "resume", "desc", "max_minutes"}  # what each part of a run is told anew
+# A run that goes on does not keep these: `kimg` has what became of `minutes`, and another machine takes other parts.
+_NOT_KEPT = {*TOLD_ANEW, "minutes", "batch_gpu", "workers"}
 
 Part = TypeVar("Part", bound=Settings)
 
@@ -117,7 +119,7 @@ def resolve(
     kind = presets.AUTO if values["preset"] == presets.AUTO else "preset"
 
     def fitted(kimg: float | None, kept: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-        result, sources = dict(values), {name: GIVEN for name in values if is_given(name) and name not in _ANEW}
+        result, sources = dict(values), {name: GIVEN for name in values if is_given(name) and name not in TOLD_ANEW}
         preset = presets.values_of(command, values["preset"], dataclasses.replace(facts, kimg=kimg), objective)
         length = {"kimg": kimg} if minutes and kimg else {}
         layers = ((kind, preset), (recommended_by, recommended), (presets.AUTO, kept), ("minutes", length))
@@ -151,10 +153,10 @@ def resolve(
 def _own(recorded: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """What a run has recorded of a command's options, in the form in which the command receives them.
 
-    Addresses are left out, as their secrets are not recorded, and so is what each part of a run is told anew.
+    Addresses are left out, as their secrets are not recorded.
     """
     own: dict[str, Any] = {}
-    for name in values.keys() & recorded.keys() - _ANEW - {"minutes"}:
+    for name in values.keys() & recorded.keys() - _NOT_KEPT:
         value = recorded[name]
         value = tuple(value) if isinstance(value, list) and isinstance(values[name], tuple) else value
         if isinstance(value, (int, float, str, tuple)) and "://" not in str(value):

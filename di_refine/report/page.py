@@ -27,9 +27,8 @@ from di_refine.files.pictures import read_png
 from di_refine.metrics import compare
 from di_refine.report import charts
 from di_refine.report.record import TEACHER, Course, Run
-from di_refine.runs.config import RunConfig
+from di_refine.runs.config import TOLD_ANEW
 from torch_utils import misc
-from torch_utils.settings import declared
 
 PICTURE_BYTES = 600_000  # of a picture in the page; three of them and plotly have 7.2 MB
 PICTURE_WIDTHS = ((1280, 90), (1280, 75), (960, 75), (640, 75))  # and JPEG's quality, where a picture has more
@@ -44,9 +43,6 @@ SOURCES = {
     "minutes": "fitted to --minutes",
     "start_from": "the network of --from",
 }
-
-TOLD_ANEW = {"max_minutes": None, **{item.name: item.default for item in declared(RunConfig)}}
-"""Options that each part of a run is told anew, so that their source is not recorded, and their defaults."""
 
 
 def write(path: Path, folders: Sequence[Path]) -> None:

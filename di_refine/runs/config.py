@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from torch_utils.settings import FILES, HOW_LONG, Settings, setting
+from torch_utils.settings import FILES, HOW_LONG, Settings, declared, setting
 
-__all__ = ["LoopConfig", "RunConfig"]
+__all__ = ["TOLD_ANEW", "LoopConfig", "RunConfig"]
 
 
 @dataclass(kw_only=True)
@@ -103,3 +103,7 @@ class RunConfig(Settings):
         group=FILES,
         may_change=True,
     )
+
+
+TOLD_ANEW = {"max_minutes": LoopConfig.max_minutes, **{item.name: item.default for item in declared(RunConfig)}}
+"""Settings that each part of a run is told anew, and their defaults; where they come from is not recorded."""

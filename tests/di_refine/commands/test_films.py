@@ -151,9 +151,10 @@ def test_style_mixing(tmp_path):
     ("options", "sentence"),
     [
         (["--video=a.avi"], "--video=a.avi: a film is one of .gif, .webp, .mp4"),
+        (["--psis=1", "--columns=3"], "--columns is for pictures and films"),
         (["--video=a.gif", "--seeds=0"], "at least two, and --seeds gives 1"),
         (["--video=a.gif", "--seeds=0-6", "--tiles=2"], "give a multiple of 2, or change --tiles"),
-        (["--video=a.gif", f"--beside={EDM}"], "has other latents or classes"),
+        (["--video=new/a.gif", f"--beside={EDM}"], "has other latents or classes"),
         (["--video=a.gif", "--each-class"], "--video and --each-class each write something of their own"),
         (["--video=a.gif", "--latents=edm"], "--latents=edm is for pictures one by one, without --video"),
         (["--fps=10"], "--fps is for --video; give that, too, or leave it out"),
@@ -162,7 +163,7 @@ def test_style_mixing(tmp_path):
         (["--psis=1", "--truncation=0.5"], "leave --truncation out"),
         (["--psis=1,x"], "'x' is not"),
         ([f"--network={EDM}", "--psis=1"], "--psis is for StyleGAN2 generators"),
-        ([f"--network={EDM}", "--video=a.gif", "--walk=w"], "--walk=w is for StyleGAN2 generators"),
+        ([f"--network={EDM}", "--video=new/a.gif", "--walk=w"], "--walk=w is for StyleGAN2 generators"),
         ([f"--network={UNCONDITIONAL}", "--each-class"], "has no classes"),
     ],
 )

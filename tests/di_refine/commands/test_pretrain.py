@@ -93,11 +93,12 @@ def test_a_stop_between_changes_nothing(tmp_path, data, command, kind):
 
 def test_a_run_that_is_named_keeps_what_is_not_given(tmp_path, data):
     """`--resume=RUN` needs no option of the first command but the required ones."""
-    first = report(pretrain(TEACHER, data, tmp_path, "--kimg=0.012", "--lr=0.0007", "--dropout=0.05"))
+    first = report(pretrain(TEACHER, data, tmp_path, "--kimg=0.012", "--lr=0.0007", "--dropout=0.05", "--batch-gpu=2"))
     common = [f"--data={data}", f"--outdir={tmp_path}", f"--resume={first['run_dir']}", "--device=cpu"]
     longer = CliRunner().invoke(main, ["teacher", *common, "--kimg=0.02"])
     assert report(longer)["kimg"] == 0.02 and "kimg: 0.012 -> 0.02" in longer.stderr
     record = json.loads((Path(first["run_dir"]) / "training_options.json").read_text())
+    assert "batch_gpu: 2 -> null" in longer.stderr, "it belongs to the machine"
     assert (record["lr"], record["dropout"], record["width"], record["tick"]) == (0.0007, 0.05, 8, 0.008)
     assert record["sources"]["lr"] == record["sources"]["kimg"] == "given"
     other = CliRunner().invoke(main, ["teacher", *common, "--width=16"])
