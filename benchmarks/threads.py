@@ -39,6 +39,7 @@ def measure(spin: str, threads: int, steps: int) -> float:
         f"--steps={steps}",
         "--repeats=1",
         "--device=cpu",
+        "--plain",
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])["images_per_sec"]

@@ -9,16 +9,22 @@
 
 import copy
 import itertools
+import resource
 import sys
 import time
 from pathlib import Path
 
 import click
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from di_refine import start
+
+if "--plain" not in sys.argv:
+    start.set_runtime()
+
+import torch
 
 from di_refine import objectives, terminal
 from di_refine.commands import cli
@@ -49,6 +55,11 @@ def noise(teacher: torch.nn.Module, batch: int, device: torch.device):
     return lambda start_nimg: itertools.repeat((images, labels))
 
 
+def page_faults() -> int:
+    """How often the system had to find a page of memory for this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 @cli.command()
 @click.option("--network", default="stylegan2-digits.pkl", metavar="NAME", help="A registry name, or cifar10-shape.")
 @click.option("--batch", type=cli.POSITIVE_INT, default=64, help="Images per update.")
@@ -58,8 +69,9 @@ def noise(teacher: torch.nn.Module, batch: int, device: torch.device):
 @click.option("--steps", type=cli.POSITIVE_INT, default=20, help="Updates per repetition.")
 @click.option("--repeats", type=cli.POSITIVE_INT, default=5, help="Repetitions.")
 @click.option("--threads", type=cli.POSITIVE_INT, help="CPU threads.  [default: PyTorch's]")
+@click.option("--plain", is_flag=True, help="Without what every command sets before PyTorch loads.")
 @cli.device_option
-def main(network, batch, precision, objective, distill, steps, repeats, threads, device):
+def main(network, batch, precision, objective, distill, steps, repeats, threads, plain, device):
     """Time full updates and print their images per second: mean and standard deviation over the repetitions."""
     if threads:
         torch.set_num_threads(threads)
@@ -77,6 +89,7 @@ def main(network, batch, precision, objective, distill, steps, repeats, threads,
     for _ in range(3):
         trainer.step()
     speeds = []
+    faults = page_faults()
     for _ in range(repeats):
         synchronize()
         start = time.perf_counter()
@@ -87,11 +100,15 @@ def main(network, batch, precision, objective, distill, steps, repeats, threads,
     name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     )
+    faults = (page_faults() - faults) / (steps * repeats)
     mean, sd = np.mean(speeds), np.std(speeds, ddof=1) if repeats > 1 else 0.0
-    header = ["network", "objective", "precision", "batch", "device", "img/s", "sd"]
-    terminal.table([[network, objective, precision, batch, name, mean, sd]], header)
+    header = ["network", "objective", "precision", "batch", "device", "img/s", "sd", "page faults/update"]
+    terminal.table([[network, objective, precision, batch, name, mean, sd, faults]], header)
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    terminal.print_result({"network": network, "images_per_sec": mean, "sd": sd, "device": name, "gpu_gib": memory})
+    terminal.print_result(
+        {"network": network, "images_per_sec": mean, "sd": sd, "page_faults_per_update": faults}
+        | {"device": name, "gpu_gib": memory}
+    )
 
 
 if __name__ == "__main__":

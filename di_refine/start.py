@@ -3,6 +3,8 @@
 Only the standard library's smallest modules are imported here; what a command needs comes once the handler is there.
 """
 
+import contextlib
+import ctypes
 import functools
 import importlib
 import os
@@ -10,6 +12,10 @@ import signal
 from types import FrameType
 
 INTERRUPTED = 130  # exit status
+SPIN_COUNT = "1000"  # see `set_runtime`; the runtime's own is 300000
+KEPT_BYTES = 2**30
+LARGEST_KEPT = 2**28
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt(3)
 
 
 def run(command: str, args: list[str] | None = None, prog_name: str | None = None) -> None:
@@ -22,10 +28,30 @@ def run(command: str, args: list[str] | None = None, prog_name: str | None = Non
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
         signal.signal(signal.SIGINT, _interrupt)
+    set_runtime()
     try:
         importlib.import_module(f"di_refine.commands.{command}").main(args=args, prog_name=prog_name)
     except KeyboardInterrupt:
         _end()
+
+
+def set_runtime() -> None:
+    """Set what the libraries under PyTorch read when they load; the user's own environment variables win.
+
+    OpenMP's threads wait for work by spinning. While another process needs their core, the thread that has work waits
+    for one that spins: with as many busy processes as cores, training falls to a fortieth. Threads that soon go to
+    sleep cost next to nothing on an idle machine (`benchmarks/threads.py`).
+
+    glibc gives large blocks of memory back to the system at once, and the system clears them page by page when they are
+    asked for again. Kept for the next step they save a sixth of an update (`benchmarks/update.py --plain` is without).
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+    if not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")) for name in os.environ):
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+            mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def _interrupt(_number: int, frame: FrameType | None) -> None:

@@ -5,6 +5,9 @@ import os
 import pytest
 import torch
 
+from di_refine import start
+
+start.set_runtime()  # as in every command
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 
