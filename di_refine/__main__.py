@@ -10,6 +10,7 @@ TOOLS = {
     "convert": "Convert a network file to a pickle, to safetensors or to ONNX.",
     "zoo": "List, fetch and verify the public networks and data that the registry names.",
     "report": "Write the page of a run, or one that compares several.",
+    "view": "Compare networks live, on a local page.",
     "playground": "Train an objective in the plane, where its result can be computed.",
     "sample-teacher": "Draw a data set from a diffusion model.",
     "refine": "Refine a StyleGAN2 generator with a diffusion teacher.",

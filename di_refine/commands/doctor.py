@@ -19,6 +19,7 @@ EXTRAS = {
     "plots": (("matplotlib",), "curves are drawn"),
     "diffusers": (("diffusers",), "folders of diffusers and hf:org/name can teach"),
     "video": (("imageio_ffmpeg",), "generate.py writes films as MP4, too"),
+    "view": (("gradio",), "python -m di_refine view compares networks on a local page"),
     "onnx": (("onnx", "onnxscript", "onnxruntime"), "python -m di_refine convert writes ONNX"),
 }
 """The optional dependencies of the package: modules, and what they give."""

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from scipy.interpolate import CubicSpline
 
+from di_refine.commands.styles import first_half, has_styles, mapped, mixed, slerp, stylegan2, synthesize
 from di_refine.errors import InputError
 from di_refine.files import pictures
-from di_refine.generators import NetworkSampler, StyleGAN2Generator, latents
+from di_refine.generators import NetworkSampler, latents
 from di_refine.report.record import Run
 
 Titled = tuple[torch.Tensor, pictures.Titles]
@@ -21,18 +22,6 @@ SNAPSHOTS_PER_SECOND = 2.0
 
 TILE, CELL = 128, 64
 """Pixels to which small images are enlarged in a film and in a sheet."""
-
-
-def stylegan2(sampler: NetworkSampler, option: str, network: str) -> StyleGAN2Generator:
-    """The StyleGAN2 generator of a sampler.
-
-    Raises:
-        InputError: naming the option that needs one, where the network is none.
-    """
-    generator = getattr(sampler, "generator", None)
-    if not isinstance(generator, StyleGAN2Generator):
-        raise InputError(f"{option} is for StyleGAN2 generators, and {network} is none")
-    return generator
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -69,8 +58,7 @@ class Walk:
     def images(self, sampler: NetworkSampler, labels: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield each frame's images, uint8 `[tiles, C, R, R]` on the CPU, for labels `[tiles, label_dim]`."""
         z = latents(list(self.seeds), sampler.latent_shape).unflatten(0, (-1, self.tiles))  # [stations, tiles, ...]
-        has_w = isinstance(getattr(sampler, "generator", None), StyleGAN2Generator)
-        in_w = has_w if self.space is None else self.space == "w"
+        in_w = has_styles(sampler) if self.space is None else self.space == "w"
         draw = _drawing_w(sampler, z, labels) if in_w else _drawing_z(sampler, z, labels)
         for frame in range(len(self)):
             yield pictures.to_uint8(draw(frame / self.frames)).cpu()
@@ -90,35 +78,9 @@ def _drawing_z(sampler: NetworkSampler, z: torch.Tensor, labels: torch.Tensor) -
 def _drawing_w(sampler: NetworkSampler, z: torch.Tensor, labels: torch.Tensor) -> Callable[[float], torch.Tensor]:
     """As `_drawing_z`, on a curve through the w of a StyleGAN2 generator."""
     generator = stylegan2(sampler, "--walk=w", sampler.name)
-    c = labels.to(sampler.device)
-    with torch.inference_mode():
-        ws = torch.stack(
-            [generator.net.mapping(at.to(sampler.device), c, truncation_psi=generator.truncation_psi) for at in z]
-        )
-    stations = ws.cpu().double().numpy()
+    stations = torch.stack([mapped(sampler, generator, at, labels) for at in z]).cpu().double().numpy()
     curve = CubicSpline(np.arange(len(z) + 1), np.concatenate([stations, stations[:1]]), bc_type="periodic")
     return lambda position: synthesize(sampler, generator, torch.from_numpy(curve(position)).float())
-
-
-@torch.inference_mode()
-def synthesize(sampler: NetworkSampler, generator: StyleGAN2Generator, ws: torch.Tensor) -> torch.Tensor:
-    """Images `[N, C, R, R]` of w `[N, layers, w_dim]`; random noise inputs are the same each time."""
-    with torch.random.fork_rng(devices=[sampler.device] if sampler.device.type == "cuda" else []):
-        torch.manual_seed(0)
-        return generator.net.synthesis(ws.to(sampler.device), noise_mode=generator.noise_mode)
-
-
-def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
-    """Turn latents `[N, ...]` into others by the part t of the angle between them (Shoemake, SIGGRAPH 1985).
-
-    The length goes straight from one to the other, so unit normals stay as long as unit normals are.
-    """
-    lengths = [x.flatten(1).norm(dim=1) for x in (a, b)]
-    u, v = (x.flatten(1) / length[:, None] for x, length in zip((a, b), lengths))
-    angle = (u * v).sum(dim=1, keepdim=True).clamp(-1, 1).acos().clamp(min=1e-4)  # equal latents stay as they are
-    direction = (torch.sin((1 - t) * angle) * u + torch.sin(t * angle) * v) / torch.sin(angle)
-    length = (1 - t) * lengths[0] + t * lengths[1]
-    return (length[:, None] * direction).reshape(a.shape)
 
 
 def frames(walk: Walk, samplers: Sequence[tuple[str, NetworkSampler]], columns: int) -> Iterator[Image.Image]:
@@ -239,23 +201,16 @@ def style_mixing(
     """
     generator = stylegan2(sampler, "--mix", network)
     if layers is None:
-        layers = range(generator.net.num_ws // 2)
+        layers = first_half(generator)
     elif max(layers) >= generator.net.num_ws:
         raise InputError(f"--mix-layers: {network} has the layers 0 to {generator.net.num_ws - 1}")
 
-    @torch.inference_mode()
-    def mapped(of: list[int]) -> torch.Tensor:
-        z, labels = latents(of, sampler.latent_shape), sampler.law.in_turn(of)
-        return generator.net.mapping(
-            z.to(sampler.device), labels.to(sampler.device), truncation_psi=generator.truncation_psi
-        )
+    def ws_of(of: list[int]) -> torch.Tensor:
+        return mapped(sampler, generator, latents(of, sampler.latent_shape), sampler.law.in_turn(of))
 
-    ws, from_others = mapped(seeds), mapped(others)
+    ws, from_others = ws_of(seeds), ws_of(others)
     columns = [synthesize(sampler, generator, ws)]
-    for styles in from_others:
-        mixed = ws.clone()
-        mixed[:, list(layers)] = styles[list(layers)]
-        columns.append(synthesize(sampler, generator, mixed))
+    columns += [synthesize(sampler, generator, mixed(ws, styles[None], layers)) for styles in from_others]
     alone = synthesize(sampler, generator, from_others)
     top = torch.cat([torch.ones_like(alone[:1]), alone])
     images = torch.cat([pictures.to_uint8(top).cpu(), _rows_first(columns)])

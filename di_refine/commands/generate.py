@@ -367,10 +367,10 @@ def draw_projected(file: str, sampler: NetworkSampler, network: str, folder: Pat
     """
     import torch
 
-    from di_refine.commands import films
+    from di_refine.commands import styles
     from di_refine.files import arrays, pictures
 
-    generator = films.stylegan2(sampler, "--projected-w", network)
+    generator = styles.stylegan2(sampler, "--projected-w", network)
     try:
         content, others = arrays.read(Path(file), ("w",))
     except (OSError, *arrays.ERRORS) as error:
@@ -383,7 +383,7 @@ def draw_projected(file: str, sampler: NetworkSampler, network: str, folder: Pat
     folder.mkdir(parents=True, exist_ok=True)
     with terminal.progress(len(ws), "generating", "img") as bar:
         for number, w in enumerate(torch.from_numpy(ws).float()):
-            image = films.synthesize(sampler, generator, w[None])
+            image = styles.synthesize(sampler, generator, w[None])
             pictures.save_png(folder / f"proj{number:02d}.png", pictures.to_uint8(image[0]).cpu())
             bar.update()
     return {"images": len(ws), "projected_w": file}

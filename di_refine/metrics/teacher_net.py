@@ -96,10 +96,21 @@ class TeacherReference:
 
     def detector(self) -> FeatureNet:
         """The feature network."""
-        model = cast(Denoiser, self.net)
-        encoder, size = Encoder(self.net).to(self.device).eval(), model.img_resolution
-        with torch.no_grad():
-            width = encoder(torch.zeros([1, model.img_channels, size, size], device=self.device)).shape[1]
-        digest = self.settings["teacher_sha256"][:16]
-        identity = Identity(TEACHER, digest, size, "antialiased-bilinear", width, None)
-        return FeatureNet(encoder, identity, model.img_channels, device=self.device, path=self.path)
+        return feature_net(self.net, self.path, self.settings["teacher_sha256"], self.device)
+
+
+def feature_net(net: torch.nn.Module, path: Path, digest: str, device: torch.device | str = "cpu") -> FeatureNet:
+    """The features of an `Encoder` as a feature network.
+
+    Args:
+        net: the diffusion model, whose encoder is known.
+        path: its file.
+        digest: of the file, see `files.networks.digest`.
+        device: where to run.
+    """
+    model = cast(Denoiser, net)
+    encoder, size = Encoder(net).to(device).eval(), model.img_resolution
+    with torch.no_grad():
+        width = encoder(torch.zeros([1, model.img_channels, size, size], device=device)).shape[1]
+    identity = Identity(TEACHER, digest[:16], size, "antialiased-bilinear", width, None)
+    return FeatureNet(encoder, identity, model.img_channels, device=device, path=path)

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from golden_io import GOLDEN
 from PIL import Image
 
-from di_refine.commands import films
+from di_refine.commands import films, styles
 from di_refine.commands.generate import main
 from di_refine.files import film, pictures
 from di_refine.generators import load_sampler
@@ -60,15 +60,15 @@ def frames_of(path):
 
 def test_a_turn_keeps_the_length_and_shares_the_angle():
     a, b = torch.randn(2, 3, 512, generator=torch.Generator().manual_seed(0))
-    quarter, half = films.slerp(a, b, 0.25), films.slerp(a, b, 0.5)
+    quarter, half = styles.slerp(a, b, 0.25), styles.slerp(a, b, 0.5)
 
     def angle(u, v):
         return torch.nn.functional.cosine_similarity(u, v).acos()
 
-    assert torch.allclose(films.slerp(a, b, 0.0), a) and torch.allclose(films.slerp(a, b, 1.0), b, atol=1e-5)
+    assert torch.allclose(styles.slerp(a, b, 0.0), a) and torch.allclose(styles.slerp(a, b, 1.0), b, atol=1e-5)
     assert torch.allclose(angle(a, quarter), angle(a, b) / 4, atol=1e-3)
     assert torch.allclose(half.norm(dim=1), (a.norm(dim=1) + b.norm(dim=1)) / 2)
-    assert torch.allclose(films.slerp(a, a, 0.3), a, atol=1e-5)
+    assert torch.allclose(styles.slerp(a, a, 0.3), a, atol=1e-5)
 
 
 @pytest.mark.parametrize(("network", "walk", "size"), [(GAN, "w", 32), (GAN, "z", 32), (EDM, "z", 16)])

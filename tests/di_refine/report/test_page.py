@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browsing import chromium
 
 from di_refine.errors import InputError
 from di_refine.files import pictures
@@ -251,18 +252,7 @@ def test_runs_without_a_common_metric_are_refused(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    installed = filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
-    with playwright.sync_playwright() as started:
-        for program in (None, *installed):
-            try:
-                opened = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
-            except playwright.Error:
-                continue
-            yield opened
-            opened.close()
-            return
-    pytest.skip("neither playwright nor this machine has a Chromium; run: playwright install chromium")
+    yield from chromium()
 
 
 def opened(browser, path: Path, width=1280, height=900):
