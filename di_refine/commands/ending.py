@@ -46,6 +46,7 @@ def finish(job: Job, loop: Loop, trainer: Trainer, comparison: Comparison) -> No
         summaries = comparison.summaries()
         if distributed.is_first():
             _before_after(job, directory.files.before_after, loop, summaries, net)
+            directory.picture("before_after", directory.files.before_after, trainer.nimg)
             if job.subject.writes_diffusers:
                 with checkpoint.saving(directory.files.diffusers):
                     diffusers_folder.save(job.snapshot(trainer), directory.files.diffusers)

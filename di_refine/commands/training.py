@@ -78,6 +78,8 @@ def write_report(directory: RunDirectory) -> None:
 def end(directory: RunDirectory, result: dict[str, Any]) -> None:
     """Write the result of a run, and its page for the last time, close the directory, and print the result."""
     if distributed.is_first():
+        if result.get("verdict"):
+            directory.text("verdict", "\n\n".join(result["verdict"]), round(result["kimg"] * 1000))
         directory.write_result(terminal.plain(result))
         write_report(directory)
     directory.close()

@@ -10,12 +10,15 @@ import os
 import re
 import shutil
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
+
 from di_refine import terminal
 from di_refine.errors import InputError, RunError
+from di_refine.files import pictures
 from di_refine.files.run_files import RunFiles, snapshot_kimg, state_kimg
 from di_refine.runs import checkpoint
 from di_refine.runs.config import RunConfig
@@ -32,6 +35,9 @@ if TYPE_CHECKING:
 
 _PLACES = frozenset(item.name for item in declared(RunConfig))
 """Settings that say where a run is, not how it goes."""
+
+EVENT_PIXELS = 1024
+"""Larger pictures are made smaller for TensorBoard, whose files keep every one."""
 
 
 class RunDirectory:
@@ -152,19 +158,60 @@ class RunDirectory:
             record: numbers, and lists of them, which become `name/0`, `name/1`, ...
             nimg: images seen, which is TensorBoard's step.
         """
-        if not self._writes:
-            return
+        with self._events(nimg) as writer:
+            if writer is None:
+                return
+            for key, value in record.items():
+                parts = {f"{key}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {key: value}
+                for name, number in parts.items():
+                    writer.add_scalar(name, number, global_step=nimg)
+
+    def picture(self, name: str, path: Path, nimg: int) -> None:
+        """Write a picture, a PNG that is there already, for TensorBoard, where that is installed.
+
+        Args:
+            name: under which TensorBoard shows it.
+            path: the PNG.
+            nimg: images seen.
+
+        Raises:
+            InputError: it is no readable picture.
+        """
+        with self._events(nimg) as writer:
+            if writer:
+                picture = pictures.on_paper(pictures.read_png(path)[1])
+                picture.thumbnail((EVENT_PIXELS, EVENT_PIXELS))
+                writer.add_image(name, np.asarray(picture), global_step=nimg, dataformats="HWC")
+
+    def text(self, name: str, text: str, nimg: int) -> None:
+        """Write a text in Markdown for TensorBoard, where that is installed.
+
+        Args:
+            name: under which TensorBoard shows it.
+            text: what it says.
+            nimg: images seen.
+        """
+        with self._events(nimg) as writer:
+            if writer:
+                writer.add_text(name, text, global_step=nimg)
+
+    @contextlib.contextmanager
+    def _events(self, nimg: int) -> "Iterator[SummaryWriter | None]":
+        """What writes for TensorBoard, None without TensorBoard; a file that is new begins with the run's options."""
         try:
             from torch.utils.tensorboard import SummaryWriter  # optional, and slow to import
         except ImportError:
+            yield None
+            return
+        if not self._writes:
+            yield None
             return
         with checkpoint.saving(self.files.events):
             if self._writer is None:
                 self._writer = SummaryWriter(str(self.path), purge_step=self._purge_step)
-            for key, value in record.items():
-                parts = {f"{key}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {key: value}
-                for name, number in parts.items():
-                    self._writer.add_scalar(name, number, global_step=nimg)
+                with contextlib.suppress(InputError):  # somebody has damaged the file meanwhile
+                    self._writer.add_text("options", _options_table(_read_options(self.path) or {}), global_step=nimg)
+            yield self._writer
             self._writer.flush()
 
     def write_options(self, options: dict[str, Any]) -> None:
@@ -474,6 +521,17 @@ def _close_locks() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_locks)
+
+
+def _options_table(options: dict[str, Any]) -> str:
+    """A run's options and where each comes from, as a table in Markdown."""
+    sources = options.get("sources", {})
+    shown = {name: json.dumps(value) for name, value in options.items() if name != "sources" and value is not None}
+    rows = []
+    for name, value in shown.items():
+        escaped = value.replace("|", "\\|").replace("`", "'")
+        rows.append(f"| {name} | `{escaped}` | {sources.get(name, '')} |")
+    return "\n".join(["| option | value | from |", "|---|---|---|", *rows])
 
 
 def _finite(value: Any) -> Any:

@@ -314,6 +314,7 @@ class Loop:
             image = self.run.files.samples(self.trainer.nimg)
             with checkpoint.saving(image):
                 self._picture(image)
+            self.run.picture("samples", image, self.trainer.nimg)
 
     def _save_network(self) -> Path:
         nimg = self.trainer.nimg

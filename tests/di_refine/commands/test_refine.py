@@ -132,6 +132,22 @@ def test_result_and_run_directory(measured):
     assert json.loads((run / "training_options.json").read_text())["teacher_files"] == [str(T_COND)]
 
 
+def test_tensorboard_shows_options_pictures_and_the_verdict(measured):
+    module = "tensorboard.backend.event_processing.event_accumulator"
+    accumulators = pytest.importorskip(module, reason="needs the optional package tensorboard")
+    report, _ = measured
+    found = accumulators.EventAccumulator(report["run_dir"]).Reload()
+    assert [image.step for image in found.Images("samples")] == [0, 8]
+    assert [image.step for image in found.Images("before_after")] == [8]
+
+    def text(tag):
+        (event,) = found.Tensors(f"{tag}/text_summary")
+        return event.tensor_proto.string_val[0].decode()
+
+    assert text("verdict").split("\n\n") == report["verdict"]
+    assert "| kimg | `0.008` | given |" in text("options")
+
+
 def test_snapshot_is_the_original_file_with_other_weights(measured):
     before, after = persistence.load(G_COND), persistence.load(measured[0]["snapshot"])
     assert list(after) == list(before)

@@ -75,6 +75,16 @@ def make_loop(
     )
 
 
+def drawing(names):
+    """Draws a small picture into a file, and notes the file's name."""
+
+    def draw(path):
+        names.append(path.name)
+        Image.new("RGB", (3000, 6), (len(names), 0, 0)).save(path, format="PNG")
+
+    return draw
+
+
 def falling(nimg):
     """A metric that depends on the images seen alone."""
     return 10 - nimg / 1000
@@ -338,7 +348,7 @@ def test_an_untrained_network_is_neither_measured_nor_drawn(tmp_path):
     """The comparison of `stop_if_worse` is then with the first that was measured."""
     drawn = []
     loop = make_loop(tmp_path, scores=[1.0, 2.0, 3.0, 4.0], stop_if_worse=2.5)
-    loop._untrained, loop._picture = True, lambda path: drawn.append(path.name)
+    loop._untrained, loop._picture = True, drawing(drawn)
     loop()
     assert [record.get("fd") for record in stats(loop.run)] == [None, 1, 2, 3]
     assert loop.first.nimg == 1000 and loop.stopped == "stop_if_worse"
@@ -349,7 +359,7 @@ def test_there_is_a_picture_soon(tmp_path):
     """At the first tick after the warm-up, whenever the first snapshot comes."""
     drawn = []
     loop = make_loop(tmp_path, total=8000, snap=4, warmup=1500, scores=falling)
-    loop._picture = lambda path: drawn.append(path.name)
+    loop._picture = drawing(drawn)
     loop()
     assert drawn == ["fakes_init.png", "fakes000002.png", "fakes000004.png", "fakes000008.png"]
     assert [record.get("fd") for record in stats(loop.run)][:5] == [10, None, None, None, 6]
@@ -617,13 +627,20 @@ def test_workers_that_decode_images_outlive_the_signals(tmp_path):
 # TensorBoard
 
 
-def events(path):
-    """(name, step) -> value, as TensorBoard shows it."""
+def accumulated(path):
+    """What TensorBoard reads from a run directory."""
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="needs the optional package tensorboard"
     )
-    accumulator = event_accumulator.EventAccumulator(str(path), purge_orphaned_data=True)
+    every = {"images": 0, "tensors": 0}  # by default few are kept
+    accumulator = event_accumulator.EventAccumulator(str(path), every, purge_orphaned_data=True)
     accumulator.Reload()
+    return accumulator
+
+
+def events(path):
+    """(name, step) -> value, as TensorBoard shows it."""
+    accumulator = accumulated(path)
     found = [
         (tag, event.step, event.value) for tag in accumulator.Tags()["scalars"] for event in accumulator.Scalars(tag)
     ]
@@ -657,6 +674,33 @@ def test_tensorboard_and_jsonl_agree_also_after_a_kill(tmp_path):
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         assert found[key] == pytest.approx(value, rel=1e-6, nan_ok=True), key
+
+
+def test_tensorboard_has_pictures_options_and_texts(tmp_path):
+    """Pictures are those of the run's files, smaller where they are large; a resumed run has no step twice."""
+    pytest.importorskip("tensorboard", reason="needs the optional package tensorboard")
+    drawn = []
+    first = make_loop(tmp_path, scores=falling, trainer=CountingTrainer(events={2000: send(signal.SIGTERM)}))
+    first.run.write_options({"lr": 0.5, "desc": None, "names": ["a|b"], "sources": {"lr": "given"}})
+    first._picture = drawing(drawn)
+    first()
+    second = again(first, scores=falling)
+    second._picture = drawing(drawn)
+    second()
+    second.run.text("verdict", "better", second.trainer.nimg)
+    second.run.close()
+    found = accumulated(second.run.path)
+    images = found.Images("samples")
+    assert [image.step for image in images] == [0, 1000, 2000, 3000, 4000]
+    assert len(images) == len(drawn) and {(image.width, image.height) for image in images} == {(1024, 2)}
+    texts = {
+        tag: [text.tensor_proto.string_val[0].decode() for text in found.Tensors(tag)]
+        for tag in found.Tags()["tensors"]
+    }
+    assert texts["verdict/text_summary"] == ["better"]
+    options = texts["options/text_summary"]
+    assert len(options) == 2 and "| lr | `0.5` | given |" in options[0] and "desc" not in options[0]
+    assert "a\\|b" in options[0], "which does not end a cell of the table"
 
 
 def test_without_tensorboard_the_rest_is_written(tmp_path, monkeypatch):
