@@ -2,6 +2,7 @@
 
     python benchmarks/update.py                                                  # the demo's networks
     python benchmarks/update.py --distill --objective=sid                        # the demo's teacher, distilled
+    python benchmarks/update.py --against=published                              # how much faster than the paper's loop
     python benchmarks/update.py --network=stylegan2-cifar10.pkl --batch=128 --precision=bf16
 
 `--network=cifar10-shape` builds networks of the official CIFAR-10 sizes with random weights, without a download.
@@ -26,6 +27,7 @@ if "--plain" not in sys.argv:
 
 import torch
 
+from benchmarks.published import PublishedLoop
 from di_refine import objectives, terminal
 from di_refine.commands import cli
 from di_refine.config import PRECISIONS
@@ -34,6 +36,7 @@ from di_refine.files import networks, registry
 from di_refine.generators import DistilledGenerator, StyleGAN2Generator
 from di_refine.trainer import Trainer, TrainerConfig
 from stylegan2_ada.networks import Generator
+from torch_utils import custom_ops
 
 
 def load(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -60,6 +63,33 @@ def page_faults() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
+class Competitor:
+    """What is measured: `step` makes an update; speeds, page faults and memory are of the measured updates."""
+
+    def __init__(self, step, ops: str, device: torch.device):
+        self.step, self.ops, self.device = step, ops, device
+        self.speeds: list[float] = []
+        self.faults = self.steps = 0
+        self.gpu_bytes = 0
+
+    def run(self, steps: int, batch: int) -> None:
+        """Measure some updates."""
+        cuda = self.device.type == "cuda"
+        with custom_ops.use(self.ops):
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(self.device)
+                torch.cuda.synchronize()
+            faults, start = page_faults(), time.perf_counter()
+            for _ in range(steps):
+                self.step()
+            if cuda:
+                torch.cuda.synchronize()
+                self.gpu_bytes = torch.cuda.max_memory_allocated(self.device)
+            self.speeds.append(steps * batch / (time.perf_counter() - start))
+            self.faults += page_faults() - faults
+            self.steps += steps
+
+
 @cli.command()
 @click.option("--network", default="stylegan2-digits.pkl", metavar="NAME", help="A registry name, or cifar10-shape.")
 @click.option("--batch", type=cli.POSITIVE_INT, default=64, help="Images per update.")
@@ -70,45 +100,61 @@ def page_faults() -> int:
 @click.option("--repeats", type=cli.POSITIVE_INT, default=5, help="Repetitions.")
 @click.option("--threads", type=cli.POSITIVE_INT, help="CPU threads.  [default: PyTorch's]")
 @click.option("--plain", is_flag=True, help="Without what every command sets before PyTorch loads.")
+@click.option("--against", type=click.Choice(["published"]), help="Measure the paper's plain loop in turns with ours.")
 @cli.device_option
-def main(network, batch, precision, objective, distill, steps, repeats, threads, plain, device):
+def main(network, batch, precision, objective, distill, steps, repeats, threads, plain, against, device):
     """Time full updates and print their images per second: mean and standard deviation over the repetitions."""
     if threads:
         torch.set_num_threads(threads)
     device = cli.pick_device(device)
     generator, teacher = load(network)
+
+    def wrapped(teacher):
+        return DistilledGenerator(copy.deepcopy(teacher)) if distill else StyleGAN2Generator(copy.deepcopy(generator))
+
+    competitors = {}
+    if against:
+        loop = PublishedLoop(wrapped(teacher).to(device), copy.deepcopy(teacher).to(device), batch)
+        competitors["published"] = Competitor(loop.step, "native", device)
     teacher = teacher.to(device, memory_format=torch.channels_last)
     config = TrainerConfig(batch=batch, precision=precision, objective=objective, score_warmup=0)
-    net = DistilledGenerator(copy.deepcopy(teacher)) if distill else StyleGAN2Generator(generator.to(device))
-    trainer = Trainer(net, teacher, config, reference=noise(teacher, batch, device))
+    trainer = Trainer(wrapped(teacher).to(device), teacher, config, reference=noise(teacher, batch, device))
+    competitors["ours"] = Competitor(trainer.step, custom_ops.mode(), device)
 
-    def synchronize():
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    for _ in range(3):
-        trainer.step()
-    speeds = []
-    faults = page_faults()
+    for competitor in competitors.values():
+        with custom_ops.use(competitor.ops):
+            for _ in range(3):
+                competitor.step()
     for _ in range(repeats):
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(steps):
-            trainer.step()
-        synchronize()
-        speeds.append(steps * batch / (time.perf_counter() - start))
-    name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    )
-    faults = (page_faults() - faults) / (steps * repeats)
-    mean, sd = np.mean(speeds), np.std(speeds, ddof=1) if repeats > 1 else 0.0
-    header = ["network", "objective", "precision", "batch", "device", "img/s", "sd", "page faults/update"]
-    terminal.table([[network, objective, precision, batch, name, mean, sd, faults]], header)
-    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    terminal.print_result(
-        {"network": network, "images_per_sec": mean, "sd": sd, "page_faults_per_update": faults}
-        | {"device": name, "gpu_gib": memory}
-    )
+        for competitor in competitors.values():
+            competitor.run(steps, batch)
+
+    cuda = device.type == "cuda"
+    device_name = torch.cuda.get_device_name(device) if cuda else f"{device}, {torch.get_num_threads()} threads"
+    rows, results = [], {}
+    for name, competitor in competitors.items():
+        ours = name == "ours"
+        result = {
+            "images_per_sec": np.mean(competitor.speeds),
+            "sd": spread(competitor.speeds),
+            "page_faults_per_update": competitor.faults / competitor.steps,
+            "gpu_gib": competitor.gpu_bytes / 2**30 if cuda else None,
+        }
+        results[name] = result
+        rows.append([name, objective if ours else "ikl", precision if ours else "fp32", *result.values()])
+    print(f"{network}, {'distilled' if distill else 'refined'}, batch {batch}, {device_name}")
+    terminal.table(rows, ["loop", "objective", "precision", "img/s", "sd", "page faults/update", "GPU GiB"])
+    answer = {"network": network, **results["ours"], "device": device_name}
+    if against:
+        ratios = [a / b for a, b in zip(competitors["ours"].speeds, competitors["published"].speeds)]
+        print(f"ours / published: {np.mean(ratios):.2f} +- {spread(ratios):.2f}")
+        answer |= {"published": results["published"], "ratio": np.mean(ratios), "ratio_sd": spread(ratios)}
+    terminal.print_result(answer)
+
+
+def spread(values: list[float]) -> float:
+    """The standard deviation of a sample, 0 for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 if __name__ == "__main__":
