@@ -6,6 +6,7 @@ import errno
 import functools
 import os
 import socket
+import sys
 import webbrowser
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -78,10 +79,15 @@ def main(networks, difference, labels, data, detector, teacher, init_sigma, host
         if host not in HERE:
             terminal.say(f"warning: --host={host}: anyone who reaches port {port} can draw from these networks")
         terminal.say(f"the page is at {url}; Ctrl-C ends it")
-        if browser and not webbrowser.open(url):
+        if browser and not (_has_screen() and webbrowser.open(url)):
             terminal.say("note: no browser was found; open that address yourself")
         view_page.serve(viewer, listening)
     terminal.print_result({"url": url, "networks": list(networks)})
+
+
+def _has_screen() -> bool:
+    """Whether a browser would have a window; one of the terminal would wait for a page that is served after it ends."""
+    return sys.platform != "linux" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 def _check_gradio() -> None:

@@ -19,6 +19,7 @@ from di_refine.errors import InputError
 from di_refine.files import pictures
 
 CELL = 96  # pixels to which small pictures are enlarged
+LARGE = 128  # pixels; of larger pictures fewer are shown at first
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")  # of the machine: none is fetched
 MONO = ("ui-monospace", "Consolas", "monospace")
 
@@ -39,7 +40,9 @@ CSS = """
 .panels figure { margin: 0; max-width: 100%; }
 .panels figcaption { margin-bottom: 6px; font-weight: 600; }
 .panels figcaption small { display: block; font-weight: 400; opacity: .75; }
-.panels img { display: block; max-width: 100%; image-rendering: pixelated; }
+.panels img { display: block; max-width: 100%; }
+.panels img.enlarged { image-rendering: pixelated; }
+.shown .pending { opacity: .6 !important; transition: opacity .2s .4s; }  /* what is drawn quickly does not flicker */
 .shown h2 { font-size: 1.1rem; font-weight: 600; margin: 28px 0 10px; }
 .shown h2:first-child { margin-top: 0; }
 .shown .fault { color: var(--error-text-color); }
@@ -75,7 +78,7 @@ class Page:
                 list(self.controls.values()),
                 shown,
                 trigger_mode="always_last",  # while one picture is drawn, a slider's values in between are passed over
-                show_progress="hidden",
+                show_progress="minimal",
                 concurrency_limit=1,
             )
         return blocks
@@ -83,7 +86,8 @@ class Page:
     def _pictures(self) -> None:
         viewer, add = self.viewer, self.controls
         add["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0)
-        add["count"] = gr.Slider(1, MAX_PICTURES, 9, step=1, label="Pictures")
+        large = any(sampler.resolution > LARGE for sampler in viewer.samplers)
+        add["count"] = gr.Slider(1, MAX_PICTURES, 4 if large else 9, step=1, label="Pictures")
         if viewer.class_names:
             choices = [("as trained", -1), *((name, number) for number, name in enumerate(viewer.class_names))]
             add["label"] = gr.Dropdown(choices, value=-1, label="Class")
@@ -169,11 +173,12 @@ def _figure(panel: Panel) -> str:
     grid = pictures.make_grid(panel.images, panel.columns, scale, gap=2)
     file = io.BytesIO()
     pictures.on_paper(pictures.to_pillow(grid)).save(file, format="PNG", compress_level=1)
+    enlarged = ' class="enlarged"' if scale > 1 else ""
     content, title = base64.b64encode(file.getvalue()).decode(), html.escape(panel.title)
     note = f"<small>{html.escape(panel.note)}</small>" if panel.note else ""
     return (
         f'<figure style="width: {grid.shape[2]}px"><figcaption>{title}{note}</figcaption>'
-        f'<img src="data:image/png;base64,{content}" alt="{title}"></figure>'
+        f'<img{enlarged} src="data:image/png;base64,{content}" alt="{title}"></figure>'
     )
 
 

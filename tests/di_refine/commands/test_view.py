@@ -89,6 +89,22 @@ def test_the_command_serves_what_it_is_given(monkeypatch, port, host):
     assert json.loads(result.stdout.splitlines()[-1])["url"] == f"http://{host}:{port}"
 
 
+@needs_gradio
+@pytest.mark.parametrize("screen, opens", [("", True), (":0", False), (":0", True)])
+def test_a_browser_is_opened_where_there_is_one(monkeypatch, port, screen, opens):
+    from di_refine.commands import view_page
+
+    opened = []
+    monkeypatch.setattr(view_page, "serve", lambda viewer, listening: None)
+    monkeypatch.setattr(view.sys, "platform", "linux")
+    monkeypatch.setattr(view.webbrowser, "open", lambda url: opened.append(url) or opens)
+    monkeypatch.setenv("DISPLAY", screen)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    result = CliRunner().invoke(view.main, ["--device=cpu", str(GAN), f"--port={port}"])
+    assert result.exit_code == 0 and opened == ([f"http://127.0.0.1:{port}"] if screen else [])
+    assert ("no browser was found" in result.stderr) == (not screen or not opens)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The page
 
