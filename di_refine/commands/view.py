@@ -22,6 +22,7 @@ from torch_utils.settings import WHAT
 
 if TYPE_CHECKING:
     from di_refine.commands.viewer import Real, Viewer
+    from di_refine.files.datasets import ImageDataset
     from di_refine.files.networks import NetworkFile
 
 HERE = ("127.0.0.1", "localhost", "::1")
@@ -123,42 +124,41 @@ def _viewer(networks, difference, labels, data, detector, teacher, init_sigma, d
     from di_refine.commands import viewer
     from di_refine.files import networks as files
     from di_refine.files import registry
+    from di_refine.files.datasets import ImageDataset
     from di_refine.generators import load_sampler
 
     paths = [registry.resolve(name) for name in networks]
-    drawing = {"init_sigma": init_sigma, "noise_mode": "const", "labels": labels}
+    dataset = None if data is None else ImageDataset(registry.resolve(data, setting="data", kind="dataset"))
+    drawing = {"init_sigma": init_sigma, "noise_mode": "const", "labels": labels, "dataset": dataset}
     samplers = [load_sampler(path, device=device, **drawing) for path in paths]
     judge = None
     if teacher is not None:
         path = registry.resolve(teacher, setting="teacher", kind="edm")
         judge = files.load(path, "teacher").require(files.EDM, "teacher")
         judge.average.to(device)
-    real = _real(data, detector, paths[0], judge, device)
+    real = _real(dataset, detector, paths[0], judge, device)
     titled = list(zip(viewer.distinct_titles(networks), samplers))
     return viewer.Viewer(titled, difference, real, None if judge is None else judge.average)
 
 
-def _real(data, detector, network, judge: NetworkFile | None, device) -> Real | None:
+def _real(dataset: ImageDataset | None, detector, network, judge: NetworkFile | None, device) -> Real | None:
     """The real pictures with their features, which `detector` computes, or a network that goes with what is given.
 
     Raises:
         InputError: as the parts do, or there is a detector without data.
     """
-    if data is None:
+    if dataset is None:
         if detector is not None:
             raise InputError("--detector measures how near real pictures are; give --data, too")
         return None
     from di_refine import denoisers
     from di_refine.commands.viewer import Real
     from di_refine.files import registry
-    from di_refine.files.datasets import ImageDataset
     from di_refine.metrics.detectors import load_detector
     from di_refine.metrics.evaluate import INCEPTION_WEIGHTS
     from di_refine.metrics.teacher_net import feature_net
 
-    path = registry.resolve(data, setting="data", kind="dataset")
-    dataset = ImageDataset(path)
-    source = detector or registry.companion(path, "detector") or registry.companion(network, "detector")
+    source = detector or registry.companion(dataset.path, "detector") or registry.companion(network, "detector")
     if source is None and judge is not None and denoisers.has_encoder(judge.average):
         net = feature_net(judge.average, judge.path, judge.digest, device)
     else:

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import html
 import io
+import logging
 import math
 import socket
 from collections.abc import Sequence
@@ -221,12 +222,23 @@ def application(viewer: Viewer) -> fastapi.FastAPI:
     return gr.mount_gradio_app(app, Page(viewer).blocks, path="/", theme=theme, css=CSS, **settings)
 
 
-def configured(viewer: Viewer) -> uvicorn.Config:
-    """How the page is served: it says warnings alone, and does not wait for open pages at its end."""
-    return uvicorn.Config(application(viewer), log_level="warning", timeout_graceful_shutdown=1)
+class Server(uvicorn.Server):
+    """A server of the page, which says warnings alone, and does not wait for open pages at its end.
+
+    Args:
+        viewer: draws.
+    """
+
+    def __init__(self, viewer: Viewer):
+        super().__init__(uvicorn.Config(application(viewer), log_level="warning", timeout_graceful_shutdown=1))
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End; that connections of open pages are cut off is no error."""
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        await super().shutdown(sockets)
 
 
 def serve(viewer: Viewer, listening: socket.socket) -> None:
     """Serve the page at a socket until Ctrl-C."""
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(configured(viewer)).run(sockets=[listening])
+        Server(viewer).run(sockets=[listening])

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import socket
 import sys
 import threading
@@ -20,7 +21,7 @@ from PIL import Image
 from di_refine.commands import view
 from di_refine.commands.viewer import Real, Viewer
 from di_refine.denoisers import load_denoiser
-from di_refine.files import registry
+from di_refine.files import networks, registry
 from di_refine.files.datasets import ImageDataset
 from di_refine.generators import load_sampler
 from di_refine.metrics.detectors import load_detector
@@ -105,6 +106,17 @@ def test_a_browser_is_opened_where_there_is_one(monkeypatch, port, screen, opens
     assert ("no browser was found" in result.stderr) == (not screen or not opens)
 
 
+def test_features_are_those_that_go_with_what_is_given(tmp_path, monkeypatch):
+    """Of the data, as the registry says; of unknown data and networks, the teacher's."""
+    monkeypatch.setenv("DI_REFINE_CACHE", str(tmp_path / "cache"))
+    known = ImageDataset(SHIPPED / "digits-16x16.zip")
+    assert view._real(known, None, tmp_path / "mine.pkl", None, "cpu").detector.identity.name == "digits"
+    mine = shutil.copy(known.path, tmp_path / "mine.zip")
+    judge = networks.load(EDM)
+    assert view._real(ImageDataset(mine), None, tmp_path / "mine.pkl", judge, "cpu").detector.identity.name == "teacher"
+    assert view._real(ImageDataset(mine), None, GAN, judge, "cpu").detector.identity.name == "digits"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The page
 
@@ -113,8 +125,6 @@ def test_a_browser_is_opened_where_there_is_one(monkeypatch, port, screen, opens
 def address(tmp_path_factory):
     """Where the page of two networks, a data set and a teacher is served."""
     pytest.importorskip("gradio", reason="needs the optional package gradio")
-    import uvicorn
-
     from di_refine.commands import view_page
 
     with pytest.MonkeyPatch.context() as patch:
@@ -123,7 +133,7 @@ def address(tmp_path_factory):
     networks = [("<b>gan</b>", load_sampler(GAN, noise_mode="const")), ("edm", load_sampler(EDM))]
     viewer = Viewer(networks, real=real, teacher=load_denoiser(EDM))
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(view_page.configured(viewer))
+    server = view_page.Server(viewer)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -194,6 +204,22 @@ def test_the_page_draws_what_its_controls_say(address):
 def test_a_value_out_of_range_is_a_sentence(address):
     assert "the seed is 4294967296, and may be 0 to 4294967295" in drawn(address, Seed=2**32)
     assert len(images_of(drawn(address, Seed=None))) == 3, "an empty field counts as 0"
+
+
+def test_the_end_is_quiet_though_a_page_is_open(capfd):
+    pytest.importorskip("gradio", reason="needs the optional package gradio")
+    from di_refine.commands import view_page
+
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = view_page.Server(Viewer([("gan", load_sampler(GAN))]))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    with socket.create_connection(listening.getsockname()) as page:
+        page.sendall(b"GET /gradio_api/heartbeat/test HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b" 200 " in page.recv(100)
+        server.should_exit = True
+        thread.join(10)
+    assert not thread.is_alive() and capfd.readouterr().err == ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
