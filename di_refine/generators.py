@@ -259,8 +259,8 @@ class NetworkSampler(ABC):
             noise_seed: seeds what the network draws by itself, such as noise inputs.
             z: latents `[n, *latent_shape]`; None draws them from the seeds.
         """
-        z = (latents(seeds, self.latent_shape) if z is None else z).to(self.device)
-        c = (self.labels(seeds) if labels is None else labels).to(self.device)
+        z = misc.to_device(latents(seeds, self.latent_shape) if z is None else z, self.device)
+        c = misc.to_device(self.labels(seeds) if labels is None else labels, self.device)
         training = self.net.training
         self.net.eval()
         try:

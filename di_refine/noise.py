@@ -3,6 +3,7 @@
 Everything uses the variance-exploding convention of EDM (arXiv 2206.00364): `x_s = x0 + s * n` with `n ~ N(0, I)`.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -98,7 +99,12 @@ def expand_as(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 def by_sigma(sigma: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Sums of `values` `[N]` by noise level `[N]`, and how many there are, `[2, len(SIGMA_EDGES) + 1]`."""
-    edges = torch.tensor(SIGMA_EDGES, device=sigma.device)
-    bins = torch.arange(len(SIGMA_EDGES) + 1, device=sigma.device)
+    edges, bins = _edges(sigma.device)
     member = (torch.bucketize(sigma, edges)[:, None] == bins).to(values.dtype)
     return torch.stack([values @ member, member.sum(dim=0)])
+
+
+@functools.cache
+def _edges(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The edges of the bins and their numbers, copied to a device once."""
+    return torch.tensor(SIGMA_EDGES, device=device), torch.arange(len(SIGMA_EDGES) + 1, device=device)

@@ -59,6 +59,13 @@ def open_atomic(path: str | os.PathLike, mode: str = "wb") -> Iterator[IO]:
             os.close(folder)
 
 
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Copy a tensor of the CPU to a device, without the host waiting for a GPU to be done with its work."""
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def derive_seed(*parts: int | str) -> int:
     """Return a 63-bit seed that depends on all of `parts`; it is the same on every machine and Python version.
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from di_refine.errors import InputError
+from torch_utils import misc
 
 # Decomposition low-pass filter of the 'sym6' wavelet; its sum is sqrt(2).
 _SYM6 = (
@@ -192,9 +193,8 @@ class AugmentPipe:
         images = self._geometry(images, draw, labels)
         images = self._colour(images, draw, labels)
         n = images.shape[0]
-        return images, torch.cat([x.reshape(-1, n).t() for x in labels] or [torch.zeros([n, 0])], dim=1).to(
-            images.device
-        )
+        told = torch.cat([x.reshape(-1, n).t() for x in labels] or [torch.zeros([n, 0])], dim=1)
+        return images, misc.to_device(told, images.device)
 
     def _gate(self, value: torch.Tensor, multiplier: float, draw: _Draws) -> torch.Tensor:
         """Return `value` [..., N] where a uniform number per sample falls below multiplier * p, else 0."""
@@ -205,7 +205,7 @@ class AugmentPipe:
         n, _, height, width = images.shape
 
         def where(condition: torch.Tensor, changed: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
-            return torch.where(condition.reshape(-1, 1, 1, 1).to(images.device), changed, otherwise)
+            return torch.where(misc.to_device(condition.reshape(-1, 1, 1, 1), images.device), changed, otherwise)
 
         if self.xflip > 0:
             w = self._gate(draw.integer(2, n), self.xflip, draw)
@@ -227,8 +227,8 @@ class AugmentPipe:
             w = self._gate(draw.uniform(2, n) * 2 - 1, self.translate_int, draw)
             tx = w[0].mul(width * self.translate_int_max).round()
             ty = w[1].mul(height * self.translate_int_max).round()
-            columns = _mirror(torch.arange(width) - tx[:, None], width).to(images.device)
-            rows = _mirror(torch.arange(height) + ty[:, None], height).to(images.device)
+            columns = misc.to_device(_mirror(torch.arange(width) - tx[:, None], width), images.device)
+            rows = misc.to_device(_mirror(torch.arange(height) + ty[:, None], height), images.device)
             samples = torch.arange(n, device=images.device)[:, None, None, None]
             channels = torch.arange(images.shape[1], device=images.device)[:, None, None]
             images = images[samples, channels, rows[:, None, :, None], columns[:, None, None, :]]
@@ -298,7 +298,7 @@ class AugmentPipe:
             matrix = torch.cat([matrix[..., :3].sum(dim=2, keepdim=True), matrix[..., 3:]], dim=2)
         elif channels != 3:
             raise InputError(f"colour augmentation needs 1 or 3 channels, not {channels}; switch it off")
-        matrix = matrix.to(images.device, images.dtype)
+        matrix = misc.to_device(matrix.to(images.dtype), images.device)
         return (matrix[:, :channels, :channels] @ images.flatten(2) + matrix[:, :channels, channels:]).view(
             images.shape
         )
@@ -326,7 +326,7 @@ def _resample(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     images = F.pad(images, [left, right, top, bottom], mode="reflect")
     inverse = _translation(torch.tensor((left - right) / 2), torch.tensor((top - bottom) / 2)) @ inverse
 
-    taps = torch.tensor(_SYM6, dtype=images.dtype, device=images.device)
+    taps = misc.to_device(torch.tensor(_SYM6, dtype=images.dtype), images.device)
     images = images.reshape(n * channels, 1, *images.shape[2:])
     images = F.conv_transpose2d(images, taps[None, None, None, :], stride=(1, 2), padding=(0, _MARGIN - 1))
     images = F.conv_transpose2d(images, taps[None, None, :, None], stride=(2, 1), padding=(_MARGIN - 1, 0))
@@ -342,7 +342,7 @@ def _resample(images: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
         @ inverse
         @ _scaling(torch.tensor(out_w / 2), torch.tensor(out_h / 2))
     )
-    theta = inverse[:, :2].to(images.device, images.dtype)
+    theta = misc.to_device(inverse[:, :2].to(images.dtype), images.device)
     grid = F.affine_grid(theta, [n, channels, out_h, out_w], align_corners=False)
     images = F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 

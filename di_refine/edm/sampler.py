@@ -7,6 +7,7 @@ import torch
 
 from di_refine.errors import InputError
 from di_refine.noise import edm_level
+from torch_utils import misc
 
 
 def sigma_grid(
@@ -109,7 +110,7 @@ def sample(
         inside = (raised >= S_min) & (raised <= S_max)
         raised = torch.where(inside, _round_sigma(net, raised * (1 + gamma)), raised)
     added = (raised**2 - levels[:-1] ** 2).clamp(min=0).sqrt() * S_noise
-    levels, raised, added = (t.to(device=latents.device, dtype=dtype) for t in (levels, raised, added))
+    levels, raised, added = (misc.to_device(t.to(dtype), latents.device) for t in (levels, raised, added))
 
     def slope(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return (x - net(x, t, labels).to(dtype)) / t

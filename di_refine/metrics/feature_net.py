@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from di_refine.errors import InputError, RunError
+from torch_utils import misc
 
 INCEPTION = "inception-2015-12-05"
 
@@ -130,7 +131,7 @@ class FeatureNet:
 
     def _prepare(self, images: torch.Tensor) -> torch.Tensor:
         """Bring images to the device, the network's channels and, unless it resizes them itself, its size."""
-        images = images.to(self.device)
+        images = misc.to_device(images, self.device)
         if images.shape[1] < self.channels:
             images = images.expand(-1, self.channels, -1, -1)
         size, mode = self.identity.input_size, self.identity.resize.removeprefix("antialiased-")
