@@ -114,7 +114,8 @@ class Page:
         if viewer.teacher is not None:
             add["judged"] = gr.Checkbox(False, label="What the teacher makes of them")
             low, high = (math.log10(level) for level in viewer.sigmas)
-            add["sigma"] = gr.Slider(low, high, min(high, 0.0), step=0.01, label="Noise level, log10 of sigma")
+            low, high = math.ceil(low * 100) / 100, math.floor(high * 100) / 100
+            add["sigma"] = gr.Slider(low, high, min(high, 0.0), step=0.01, label="log10(sigma)")
             if len(viewer.titles) > 1:
                 choices = [(title, number) for number, title in enumerate(viewer.titles)]
                 add["which"] = gr.Radio(choices, value=0, label="Pictures of")
