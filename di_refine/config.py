@@ -205,8 +205,8 @@ class TrainerConfig(UpdateConfig):
 
     @property
     def warmup_nimg(self) -> int:
-        """Images for which the student score is trained alone."""
-        return round(self.score_warmup * 1000)
+        """Images for which the student score is trained alone; 0 where the objective has none."""
+        return round(self.score_warmup * 1000) if self.divergence().needs_student else 0
 
     def precision_of(self, network: str) -> str:
         """The precision of 'teacher', 'score' or 'generator'."""

@@ -18,7 +18,7 @@ from di_refine.edm.networks import DhariwalUNet, SongUNet, VEPrecond, VPPrecond,
 from di_refine.edm2.networks import MPConv
 from di_refine.edm2.networks import Precond as EDM2Precond
 from di_refine.errors import InputError
-from di_refine.files import networks
+from di_refine.files import networks, registry
 from di_refine.labels import LabelLaw
 
 
@@ -49,8 +49,8 @@ def load_denoiser(
     """The averaged network of a diffusion model.
 
     Args:
-        source: an EDM pickle, a diffusers folder with a `UNet2DModel`, or weights of guided-diffusion,
-            improved-diffusion or an EDM teacher of consistency_models (.pt).
+        source: a name of the registry, an EDM pickle, a diffusers folder with a `UNet2DModel`, or weights (.pt) of
+            guided-diffusion, improved-diffusion or an EDM teacher of consistency_models.
         config: what a .pt file does not say, as the flags of its training: a dictionary, or a JSON file; None takes the
             JSON file of the same name, if there is one. For a folder, the scheduler's settings in place of its own.
         setting: what the source was given for, for messages.
@@ -61,7 +61,7 @@ def load_denoiser(
     Raises:
         InputError: naming the setting, when the file holds no diffusion model, or one that was distilled.
     """
-    return networks.load(source, setting, config).require(networks.EDM, setting).average
+    return networks.load(registry.resolve(source, setting), setting, config).require(networks.EDM, setting).average
 
 
 class Ensemble(torch.nn.Module):

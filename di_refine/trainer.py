@@ -86,9 +86,9 @@ class Trainer:
         generator: a module that is a `di_refine.generators.Generator`. It is trained in place.
         teacher: a module that is a `di_refine.denoisers.Denoiser`. It is frozen.
         config: the settings.
-        student: the student score, called like the teacher; None is a copy of the teacher, or of the first of an
-            `Ensemble`. Matched dropout needs the teacher's architecture. With `augment` it has to take
-            `augment_labels`.
+        student: the student score, called like the teacher, where the objective needs one; None is a copy of the
+            teacher, or of the first of an `Ensemble`. Matched dropout needs the teacher's architecture. With `augment`
+            it has to take `augment_labels`.
         bridge: converts the generator's images to the teacher's, see `di_refine.bridge`; None where they agree.
         reference: teacher-side samples, for a density ratio or a critic.
         ratio_layer: where in the student the ratio finds features, see `di_refine.ratio.DensityRatio`.
@@ -103,13 +103,13 @@ class Trainer:
         DistributedError: the processes do not divide the batch, or `batch_gpu` does not divide their shares.
 
     Attributes:
-        generator, teacher, student: the three networks.
+        generator, teacher, student: the three networks; the student is None where the objective needs none.
         latent_shape, label_dim: of the generator.
         labels: what labels are drawn from.
         ratio: the density ratio, where one is learned.
         ema: running average of the generator (the generator itself when `ema_kimg` is 0).
         nimg: images seen, warm-up included.
-        optimizers: of 'student', 'generator' and, where there is one, 'critic'.
+        optimizers: of 'generator' and, where there are such, 'student' and 'critic'.
         by_sigma: of the last step, `score_loss_by_sigma` and `score_gap_by_sigma`: the means of `step()` in bins of the
             noise level, `[6]` with the edges `noise.SIGMA_EDGES`, NaN where no level fell.
     """
@@ -155,27 +155,16 @@ class Trainer:
         self.device = next(generator.parameters()).device
         self.generator = generator.train().requires_grad_(True)
         self.teacher = teacher.to(self.device).requires_grad_(False)
-        if student is None:
-            first: Any = teacher.teachers[0] if isinstance(teacher, denoisers.Ensemble) else teacher
-            rank = config.score_adapter
-            student = copy.deepcopy(first) if rank is None else low_rank.adapted(first, rank, config.seed)
-        elif config.score_adapter is not None:
-            raise ValueError("`score_adapter` makes the student score of the teacher, but a student is given")
-        if config.score_adapter is None:
-            student.requires_grad_(True)
-        self.student = student.to(self.device)
-        self._score_parameters = low_rank.trained(self.student)
+        self.student = self._make_student(student) if self.objective.needs_student else None
+        self._score_parameters = torch.nn.ParameterList()
         # Dropout is active in train mode; the normalisations of the networks are the same in both modes.
-        for net in (self.teacher, self.student):
-            net.train(config.dropout == "matched")
-        if config.checkpoint_score:
-            denoisers.recompute_blocks(self.student)
-        self.optimizers = {
-            STUDENT: adam(self._score_parameters, config.score_lr, (config.beta1, BETA2)),
-            GENERATOR: adam(generator.parameters(), config.lr, (config.beta1, BETA2)),
-        }
-        for name, net in ((STUDENT, self.student), (GENERATOR, generator)):
-            denoisers.keep_norms(net, self.optimizers[name])
+        self.teacher.train(config.dropout == "matched")
+        self.optimizers = {GENERATOR: adam(generator.parameters(), config.lr, (config.beta1, BETA2))}
+        if self.student is not None:
+            self._score_parameters = low_rank.trained(self.student)
+            self.optimizers[STUDENT] = adam(self._score_parameters, config.score_lr, (config.beta1, BETA2))
+            denoisers.keep_norms(self.student, self.optimizers[STUDENT])
+        denoisers.keep_norms(generator, self.optimizers[GENERATOR])
         self._average = Average(generator) if config.ema_kimg > 0 else None
         self.ema: Any = generator if self._average is None else self._average.module
         self.bridge = torch.nn.Identity() if bridge is None else bridge.to(self.device)
@@ -204,6 +193,22 @@ class Trainer:
         self._finite = FiniteWatch(list(_NAMES.values()), self.device)
         self._agreed = False
         self.by_sigma: dict[str, torch.Tensor] = {}
+
+    def _make_student(self, student: torch.nn.Module | None) -> torch.nn.Module:
+        """The student score: the given one, or a copy of the teacher, or changes of it."""
+        cfg = self.config
+        if student is None:
+            first: Any = self.teacher.teachers[0] if isinstance(self.teacher, denoisers.Ensemble) else self.teacher
+            rank = cfg.score_adapter
+            student = copy.deepcopy(first) if rank is None else low_rank.adapted(first, rank, cfg.seed)
+        elif cfg.score_adapter is not None:
+            raise ValueError("`score_adapter` makes the student score of the teacher, but a student is given")
+        if cfg.score_adapter is None:
+            student.requires_grad_(True)
+        student = student.to(self.device).train(cfg.dropout == "matched")
+        if cfg.checkpoint_score:
+            denoisers.recompute_blocks(student)
+        return student
 
     # ------------------------------------------------------------------------------------------------------------------
 
@@ -336,6 +341,8 @@ class Trainer:
         self, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The student's denoised samples, float32, and the logits `[N]` of the density ratio, where one is learned."""
+        if self.student is None:
+            raise ValueError("this objective has no student score")
         if self.ratio is None:
             with self._autocast("score"):
                 return self.student(x, sigma, labels, **kwargs).float(), None
@@ -430,6 +437,8 @@ class Trainer:
         with seeded(self.device, cfg.seed, self.nimg, "networks", "ratio"), torch.no_grad():
             z, labels = self.draw(1, torch.Generator(self.device).manual_seed(0))
             x = self.bridge(self.ema(z, labels).float())
+            if self.student is None:
+                raise ValueError("the density ratio is learned from the student score's features, and there is none")
             layer = denoisers.encoder_layer(self.student) if layer is None else layer
             return ratio.DensityRatio(self.student, x, labels, layer, spectral_norm=cfg.ratio_spectral_norm)
 
@@ -565,8 +574,10 @@ class Trainer:
         self._finite.reset()
 
     def _stateful(self) -> dict[str, Any]:
-        parts: dict[str, Any] = {"generator": self.generator, "ema": self.ema, "student": self.student}
-        if self.config.score_adapter is not None:  # the rest is the teacher's
+        parts: dict[str, Any] = {"generator": self.generator, "ema": self.ema}
+        if self.student is not None:
+            parts["student"] = self.student
+        if self.student is not None and self.config.score_adapter is not None:  # the rest is the teacher's
             parts["student"] = self._score_parameters
         if self.ratio is not None:
             parts["ratio"] = self.ratio

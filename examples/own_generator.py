@@ -15,7 +15,6 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from di_refine.denoisers import load_denoiser
-from di_refine.files import registry
 from di_refine.files.pictures import save_grid
 from di_refine.generators import GeneratorSampler
 from di_refine.metrics.evaluate import Evaluator
@@ -57,7 +56,7 @@ def main(kimg: float, out: Path, metrics: str) -> None:
     torch.manual_seed(0)
 
     # Train.
-    teacher = load_denoiser(registry.resolve("edm-digits-16x16-cond.pkl"))  # nothing in the file is ever executed
+    teacher = load_denoiser("edm-digits-16x16-cond.pkl")  # nothing in the file is ever executed
     config = TrainerConfig(batch=64, lr=1e-3, score_lr=1e-3, score_warmup=1, ema_kimg=3)
     trainer = Trainer(Digits(), teacher, config)
     if state.exists():

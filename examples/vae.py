@@ -126,7 +126,7 @@ def main(name, vae_kimg, kimg, seed, metrics, dest):
     ]
     for title in ("VAE", "refined"):
         if title == "refined":
-            decoder = refine(decoder, load_denoiser(registry.resolve(teacher)), kimg, seed)
+            decoder = refine(decoder, load_denoiser(teacher), kimg, seed)
         sampler = GeneratorSampler(decoder)
         panels.append((title, sampler.images(list(range(rows * classes)), torch.eye(classes).repeat(rows, 1))))
         values = {key: value for result in evaluator(sampler, seed=seed) for key, value in result.values.items()}
