@@ -11,6 +11,7 @@ import click
 import grimp
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
@@ -103,6 +104,18 @@ def test_own_pictures(pictures):
     assert (pictures / "runs" / "00000-gan" / "reals.png").is_file()
     assert len(list((pictures / "out").glob("seed*.png"))) == 64
     assert [len(item["values"]["fd48_full@mine"]) for item in results[-1]["results"]] == [1, 1]
+
+
+def test_the_snippets_of_the_library_page_run_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    snippets = re.findall(r"^```python\n(.*?)^```", (DOCS / "library.md").read_text(), re.M | re.S)
+    assert len(snippets) == 8
+    names = {}
+    torch.manual_seed(0)
+    for snippet in snippets:
+        exec(snippet, names)
+    assert Image.open("dots.png").size == (480, 96) and (tmp_path / "copy.pkl").is_file()
 
 
 def test_the_diagram_of_packages_is_that_of_the_imports():
