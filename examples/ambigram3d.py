@@ -121,7 +121,7 @@ def save_mesh(body: Body, path: Path) -> None:
 @click.option("--front", type=click.IntRange(0, 9), default=3, help="Show this digit from the front.")
 @click.option("--side", type=click.IntRange(0, 9), default=8, help="Show this one from the side.")
 @click.option("--objective", type=click.Choice(["ikl", "sds"]), default="ikl", help="What pulls the body.")
-@click.option("--kimg", default=8.0, help="Train on this many thousand renderings.")
+@click.option("--kimg", default=4.8, help="Train on this many thousand renderings.")
 @click.option("--seed", default=0, help="Draw random numbers from this seed.")
 @click.option("--dest", default="ambigram.gif", type=Path, help="Write the turning body here.")
 @click.option("--mesh", type=Path, help="Write its surface here (.stl, .ply or .obj).")
