@@ -101,8 +101,9 @@ class Competitor:
 @click.option("--threads", type=cli.POSITIVE_INT, help="CPU threads.  [default: PyTorch's]")
 @click.option("--plain", is_flag=True, help="Without what every command sets before PyTorch loads.")
 @click.option("--against", type=click.Choice(["published"]), help="Measure the paper's plain loop in turns with ours.")
+@click.option("--profile", is_flag=True, help="List the operators that take most of an update's time, too.")
 @cli.device_option
-def main(network, batch, precision, objective, distill, steps, repeats, threads, plain, against, device):
+def main(network, batch, precision, objective, distill, steps, repeats, threads, plain, against, profile, device):
     """Time full updates and print their images per second: mean and standard deviation over the repetitions."""
     if threads:
         torch.set_num_threads(threads)
@@ -149,7 +150,28 @@ def main(network, batch, precision, objective, distill, steps, repeats, threads,
         ratios = [a / b for a, b in zip(competitors["ours"].speeds, competitors["published"].speeds)]
         print(f"ours / published: {np.mean(ratios):.2f} +- {spread(ratios):.2f}")
         answer |= {"published": results["published"], "ratio": np.mean(ratios), "ratio_sd": spread(ratios)}
+    if profile:
+        terminal.table(operators(trainer.step, device), ["operator", "ms/update", "share", "calls/update"])
     terminal.print_result(answer)
+
+
+def operators(step, device: torch.device, steps: int = 5) -> list[list]:
+    """The operators that an update spends most time in, without the operators that these call."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    kinds += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with torch.profiler.profile(activities=kinds) as found:
+        for _ in range(steps):
+            step()
+
+    def time_of(event) -> float:
+        return event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+
+    events = sorted(found.key_averages(), key=time_of, reverse=True)
+    total = sum(map(time_of, events))
+    return [
+        [event.key[:50], time_of(event) / steps / 1000, f"{time_of(event) / total:.0%}", event.count / steps]
+        for event in events[:12]
+    ]
 
 
 def spread(values: list[float]) -> float:
