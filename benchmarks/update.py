@@ -101,9 +101,12 @@ class Competitor:
 @click.option("--threads", type=cli.POSITIVE_INT, help="CPU threads.  [default: PyTorch's]")
 @click.option("--plain", is_flag=True, help="Without what every command sets before PyTorch loads.")
 @click.option("--against", type=click.Choice(["published"]), help="Measure the paper's plain loop in turns with ours.")
+@click.option("--compile", "compiled", is_flag=True, help="Compile our networks with torch.compile.")
 @click.option("--profile", is_flag=True, help="List the operators that take most of an update's time, too.")
 @cli.device_option
-def main(network, batch, precision, objective, distill, steps, repeats, threads, plain, against, profile, device):
+def main(
+    network, batch, precision, objective, distill, steps, repeats, threads, plain, against, compiled, profile, device
+):
     """Time full updates and print their images per second: mean and standard deviation over the repetitions."""
     if threads:
         torch.set_num_threads(threads)
@@ -118,7 +121,7 @@ def main(network, batch, precision, objective, distill, steps, repeats, threads,
         loop = PublishedLoop(wrapped(teacher).to(device), copy.deepcopy(teacher).to(device), batch)
         competitors["published"] = Competitor(loop.step, "native", device)
     teacher = teacher.to(device, memory_format=torch.channels_last)
-    config = TrainerConfig(batch=batch, precision=precision, objective=objective, score_warmup=0)
+    config = TrainerConfig(batch=batch, precision=precision, objective=objective, score_warmup=0, compile=compiled)
     trainer = Trainer(wrapped(teacher).to(device), teacher, config, reference=noise(teacher, batch, device))
     competitors["ours"] = Competitor(trainer.step, custom_ops.mode(), device)
 

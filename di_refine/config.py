@@ -179,6 +179,13 @@ class TrainerConfig(UpdateConfig):
         group=MACHINE,
         default_text="`precision`",
     )
+    compile: bool = setting(
+        False,
+        "Compile teacher, student score and generator with torch.compile, which takes minutes once. On a CPU it gains "
+        "nothing.",
+        group=MACHINE,
+        may_change=True,
+    )
     checkpoint_score: bool = setting(
         False,
         "Save memory: compute the student score's inner results again in the backward pass.",
@@ -193,6 +200,10 @@ class TrainerConfig(UpdateConfig):
             raise SettingError(str(error)) from None
         if self.tmax != 800 and self.sigma_dist != EDM_GRID:
             raise SettingError(f"tmax={self.tmax:g} belongs to sigma_dist={EDM_GRID}; give both, or leave it out")
+        if self.compile and self.dropout == "matched":
+            raise SettingError(
+                "dropout=matched needs random numbers that compile draws otherwise; leave one of them out"
+            )
 
     def divergence(self) -> objectives.Objective:
         """The objective with its settings."""

@@ -29,13 +29,13 @@ from di_refine.generators import Generator
 from di_refine.labels import LabelLaw
 from di_refine.noise import Law, by_sigma, expand_as
 from torch_utils import distributed, low_rank, misc
-from torch_utils.training import Average, FiniteWatch, adam, load_adam, seeded
+from torch_utils.training import Average, FiniteWatch, adam, compiled, load_adam, seeded
 
 __all__ = ["Reference", "Trainer", "TrainerConfig"]
 
 BETA2 = 0.999  # arXiv 2305.18455, appendix
 
-STUDENT, GENERATOR, CRITIC = "student", "generator", "critic"
+STUDENT, GENERATOR, CRITIC, TEACHER = "student", "generator", "critic", "teacher"
 _NAMES = {STUDENT: "student score", GENERATOR: "generator", CRITIC: "critic"}  # for messages
 _REPORTED = {STUDENT: "score", GENERATOR: "generator", CRITIC: "critic"}  # in what `step` returns
 
@@ -97,6 +97,7 @@ class Trainer:
         total: length of the training, in images, which a falling learning rate needs to know.
         sigma, score_sigma: laws of the noise levels of the objective and of the student score, in place of those that
             the settings name. A `score_sigma` of None lets the same noised samples serve both.
+        backend: of `torch.compile`, for the setting `compile`.
 
     Raises:
         ValueError: settings, networks or the lack of a reference that do not fit together.
@@ -128,6 +129,7 @@ class Trainer:
         total: int | None = None,
         sigma: Law | None = None,
         score_sigma: Law | None = None,
+        backend: str = "inductor",
     ):
         self.config, self._total = config, total
         if config.lr_rampdown and total is None:
@@ -175,6 +177,16 @@ class Trainer:
         self.nimg = 0
         self.ratio = self._make_ratio(ratio_layer) if learns_ratio else None
         self._log_prior = self._make_log_prior() if learns_ratio else None
+
+        # What runs the networks. The ratio listens to the student's inner layers, and memory is saved between them.
+        plain = self.ratio is not None or config.checkpoint_score
+        self._call: dict[str, Callable[..., Any]] = {GENERATOR: generator, TEACHER: self.teacher}
+        if config.compile:
+            self._call = {
+                name: compiled(net, backend) for name, net in ((GENERATOR, generator), (TEACHER, self.teacher))
+            }
+        if self.student is not None:
+            self._call[STUDENT] = compiled(self.student, backend) if config.compile and not plain else self.student
 
         # What the generator's loss flows through without leaving gradients there.
         self._others = [*self._score_parameters]
@@ -273,7 +285,7 @@ class Trainer:
 
         # The generator makes samples, which serve every network below.
         with self._autocast("generator"), torch.set_grad_enabled(moves):
-            images = self.generator(draws.z[part], labels).float()
+            images = self._call[GENERATOR](draws.z[part], labels).float()
             x0 = self.bridge(images)
 
         # The student score learns to denoise them, and its encoder to tell them from the teacher's.
@@ -316,7 +328,7 @@ class Trainer:
         with _frozen(self._others):
             with torch.set_grad_enabled(not objective.detached):
                 with self._replayed(random_state), self._autocast("teacher"):
-                    dq = self.teacher(x_s, sigma, labels).float()
+                    dq = self._call[TEACHER](x_s, sigma, labels).float()
                 if objective.needs_student and not (same_noise and objective.detached):
                     with self._replayed(random_state):
                         dp, logits = self._score(x_s, sigma, labels)
@@ -345,7 +357,7 @@ class Trainer:
             raise ValueError("this objective has no student score")
         if self.ratio is None:
             with self._autocast("score"):
-                return self.student(x, sigma, labels, **kwargs).float(), None
+                return self._call[STUDENT](x, sigma, labels, **kwargs).float(), None
         with self.ratio.watching() as features, self._autocast("score"):
             dp = self.student(x, sigma, labels, **kwargs).float()
         return dp, self.ratio(features[-1])

@@ -2,7 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -137,3 +138,32 @@ def load_adam(optimizer: torch.optim.Adam, state: Mapping[str, Any]) -> None:
         if not floats or {name: [*value.shape] for name, value in moments.items()} != shapes:
             raise ValueError(f"the optimizer's moments of parameter {index} are none of Adam")
     optimizer.load_state_dict({"state": state["state"], "param_groups": own})
+
+
+def compiled(net: torch.nn.Module, backend: str = "inductor") -> Callable[..., Any]:
+    """What to call in place of a network, to run it as `torch.compile` makes it.
+
+    The network itself stays as it is, with the parameters that both use. Where it cannot be compiled, one line on
+    stderr says why, and it is called as it is from then on.
+
+    Args:
+        net: called with tensors whose shapes do not change.
+        backend: of `torch.compile`. Random numbers inside the network are drawn in another order by 'inductor'.
+    """
+    run: Callable[..., Any] = torch.compile(net, backend=backend, dynamic=False)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal run
+        if run is net:
+            return net(*args, **kwargs)
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            return run(*args, **kwargs)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).split())[:200]
+            print(f"{type(net).__name__} cannot be compiled and runs without: {reason}", file=sys.stderr, flush=True)
+            run = net
+            return net(*args, **kwargs)
+
+    return call

@@ -12,7 +12,7 @@ from di_refine.errors import InputError
 from di_refine.noise import by_sigma
 from di_refine.pretraining.config import TeacherConfig, UNetConfig, whole_numbers
 from torch_utils import distributed, misc
-from torch_utils.training import Average, FiniteWatch, adam, load_adam, seeded
+from torch_utils.training import Average, FiniteWatch, adam, compiled, load_adam, seeded
 
 
 def build(unet: UNetConfig, resolution: int, channels: int, label_dim: int, augment: bool, seed: int) -> EDMPrecond:
@@ -109,7 +109,7 @@ class TeacherTrainer:
         self.config, self._total = config, total
         self.augment_pipe = AugmentPipe.edm(config.augment) if config.augment else None
         # Shares its parameters with `net`, which is what states, averages and pickles are made of.
-        self._denoiser = torch.compile(self.net, backend=backend) if config.compile else self.net
+        self._denoiser = compiled(self.net, backend) if config.compile else self.net
         self.share = distributed.share(config.batch)
         self.micro_batch = distributed.micro_batch(config.batch, config.batch_gpu)
         self.loss = EDMLoss(config.sigma_mean, config.sigma_std, net.sigma_data)
