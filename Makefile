@@ -1,4 +1,4 @@
-# make demo: set up, then refine the shipped generator.  make test: the test suite.
+# make demo: set up, then refine the shipped generator of digits.  make test: the test suite.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
