@@ -60,7 +60,7 @@ def finish(job: Job, loop: Loop, trainer: Trainer, comparison: Comparison) -> No
 def class_grid(
     sampler: NetworkSampler, rows: int = 8, seconds: float | None = None
 ) -> tuple[torch.Tensor, pictures.Titles]:
-    """Samples from fixed latents, uint8 `[10 rows, C, R, R]`, and titles of the ten columns.
+    """Samples from fixed latents, uint8 `[columns(law) rows, C, R, R]`, and titles of the columns.
 
     The columns are classes where there are any; those that are never drawn are left out.
 
@@ -74,37 +74,43 @@ def class_grid(
         stopping.Interrupted: inside a loop, when a signal asks it to stop.
     """
     start, law, parts = time.monotonic(), sampler.law, []
+    width = columns(law)
     with terminal.progress(rows, "drawing", "rows", check=stopping.check) as bar:
         for row in range(rows):
             if row and seconds is not None and time.monotonic() - start > seconds:
                 break
-            seeds = list(range(COLUMNS * row, COLUMNS * (row + 1)))
+            seeds = list(range(width * row, width * (row + 1)))
             classes = _column_classes(law)
             labels = law.of_seeds(seeds) if classes is None else torch.eye(law.label_dim)[classes]
             parts.append((pictures.to_uint8(sampler.images(seeds, labels)), labels))
             bar.update()
     images, all_labels = (torch.cat(part) for part in zip(*parts))
-    return images, law.titles(all_labels, COLUMNS, pictures.is_drawable)
+    return images, law.titles(all_labels, width, pictures.is_drawable)
 
 
 def _column_classes(law: LabelLaw) -> list[int] | None:
     """The class of each column; None where there are no classes."""
     if not (law.label_dim and law.has_classes):
         return None
-    present, columns = law.present, range(COLUMNS)
+    present = law.present
     if len(present) > COLUMNS:
-        return [present[column * len(present) // COLUMNS] for column in columns]
-    return [present[column % len(present)] for column in columns]
+        return [present[column * len(present) // COLUMNS] for column in range(COLUMNS)]
+    return present * (COLUMNS // len(present))  # each as often
+
+
+def columns(law: LabelLaw) -> int:
+    """How many columns `class_grid` has: ten, or fewer where each class then has as many."""
+    return len(_column_classes(law) or range(COLUMNS))
 
 
 def real_images(dataset: ImageDataset, law: LabelLaw, rows: int) -> np.ndarray:
-    """Images of a data set in the columns of `class_grid`, uint8 `[10 rows, C, R, R]`."""
+    """Images of a data set in the columns of `class_grid`, uint8 `[columns(law) rows, C, R, R]`."""
     classes, numbers = _column_classes(law), np.arange(len(dataset))
     members: dict[int | None, Iterator[int]] = {
-        None: itertools.cycle(numbers[:: max(len(numbers) // (rows * COLUMNS), 1)].tolist())
+        None: itertools.cycle(numbers[:: max(len(numbers) // (rows * columns(law)), 1)].tolist())
     }
     if classes is None or not (dataset.has_labels and dataset.has_classes):
-        return dataset.images(list(itertools.islice(members[None], rows * COLUMNS)))
+        return dataset.images(list(itertools.islice(members[None], rows * columns(law))))
     of_images = dataset.class_numbers()
     members |= {number: itertools.cycle(np.flatnonzero(of_images == number).tolist()) for number in set(classes)}
     return dataset.images([next(members[number], 0) for _ in range(rows) for number in classes])
@@ -114,7 +120,11 @@ def save_class_grid(path: Path, sampler: NetworkSampler) -> None:
     """Write `class_grid` as a picture in which small images are enlarged; what is slow has fewer rows."""
     samples, titles = class_grid(sampler, seconds=DRAWING_SECONDS)
     pictures.save_grid(
-        path, samples, COLUMNS, scale=pictures.enlargement(sampler.resolution, pictures.CELL), titles=titles
+        path,
+        samples,
+        columns(sampler.law),
+        scale=pictures.enlargement(sampler.resolution, pictures.CELL),
+        titles=titles,
     )
 
 
@@ -124,18 +134,21 @@ def _before_after(job: Job, path: Path, loop: Loop, summaries: list[dict[str, An
     drawn = net if best.path is None or best is loop.last else networks.load(best.path).average
     rows = job.subject.rows
     panels: list[tuple[str, pictures.Images]] = []
+    width = COLUMNS
     for row, title, which in (
         (rows["original"], f"{rows['original']}: {job.subject.file.path.stem}", original),
         (rows["best"], f"{rows['best']}, {best.nimg / 1000:g} kimg", drawn),
     ):
-        samples, titles = class_grid(job.sampler(which, "const"))
+        sampler = job.sampler(which, "const")
+        samples, titles = class_grid(sampler)
+        width = columns(sampler.law)
         found = next((summary for summary in summaries if summary["source"] == row), None)
         key, mean = next(iter(found["results"].items())) if found else ("", 0.0)
         value = f"\n{key} {compare.number(mean, found['sd'].get(key))}" if found else ""
         panels.append((f"{title}{value}", samples))
     if job.dataset is not None:
-        panels.insert(0, ("real", real_images(job.dataset, job.labels, len(panels[0][1]) // COLUMNS)))
-    pictures.save_side_by_side(path, panels, columns=COLUMNS, titles=titles)
+        panels.insert(0, ("real", real_images(job.dataset, job.labels, len(panels[0][1]) // width)))
+    pictures.save_side_by_side(path, panels, columns=width, titles=titles)
 
 
 def _result(job: Job, loop: Loop, summaries: list[dict[str, Any]], directory: RunDirectory) -> dict[str, Any]:
