@@ -157,6 +157,8 @@ class Trainer:
         self.device = next(generator.parameters()).device
         self.generator = generator.train().requires_grad_(True)
         self.teacher = teacher.to(self.device).requires_grad_(False)
+        if student is not None and not self.objective.needs_student:
+            raise ValueError(f"objective={config.objective} has no student score, but a student is given; leave it out")
         self.student = self._make_student(student) if self.objective.needs_student else None
         self._score_parameters = torch.nn.ParameterList()
         # Dropout is active in train mode; the normalisations of the networks are the same in both modes.

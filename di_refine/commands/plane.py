@@ -232,7 +232,7 @@ def make_trainer(teacher: MixtureDenoiser, objective: str = "ikl", seed: int = 0
         generator,
         teacher,
         TrainerConfig(**config),
-        student,
+        student if known.needs_student else None,
         reference=samples,
         ratio_layer=student.last_hidden,
         sigma=LogNormal(-0.5, 1.0, 0.05, 10.0),

@@ -644,6 +644,8 @@ def test_score_distillation_has_no_student():
     steps(trainer, 2)
     steps(again, 2)
     assert all(torch.equal(value, snapshot(again)[name]) for name, value in snapshot(trainer).items())
+    with pytest.raises(ValueError, match="sds has no student score"):
+        make_trainer(objective="sds", student=make_trainer().student)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
