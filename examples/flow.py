@@ -81,7 +81,7 @@ def refine(flow: Flow, teacher: nn.Module, kimg: float, seed: int = 0) -> Flow:
 
 @click.command()
 @click.option("--flow-kimg", default=200.0, help="Fit the flow on this many thousand images.")
-@click.option("--kimg", default=40.0, help="Refine it on this many thousand.")
+@click.option("--kimg", default=20.0, help="Refine it on this many thousand.")
 @click.option("--seed", default=0, help="Draw random numbers from this seed.")
 @click.option("--metrics", default="fd2k_full@digits,pr2k3_full@digits", help="Measure these.")
 @click.option("--dest", default="flow.png", metavar="FILE.png", help="Write real images, flow and refined flow here.")

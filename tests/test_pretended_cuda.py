@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "tests" / "pretended_cuda"
 DATA = "--data=digits-16x16.zip"
-TRAIN = ["--kimg=0.048", "--batch=8", "--metrics=none", "--snap=1", "--tick=0.024", "--outdir=run"]
+TRAIN = ["--kimg=0.048", "--batch=8", "--metrics=none", "--snap=1", "--tick=0.048", "--outdir=run"]
 REFINE = ["refine", "--network=stylegan2-digits.pkl", *TRAIN, "--score-warmup=0.016"]
 DISTILL = ["distill", "--teacher=edm-digits-16x16-cond.pkl", *TRAIN, "--score-warmup=0.016"]
 OF_RATIO = ["--objective=f-js", DATA, "--precision=fp16", "--student-steps=2"]
