@@ -54,7 +54,7 @@ $(SITE)/.up-to-date: requirements-docs.txt scripts/site/npm.txt
 
 # Wheel and source distribution, and a check of what is in them.
 wheel: setup
-	$(BIN)/python -c "import build" 2>/dev/null || $(BIN)/python -m pip install --quiet build
+	$(BIN)/python -c "import build.__main__" 2>/dev/null || $(BIN)/python -m pip install --quiet build
 	rm -rf build/lib build/bdist.* dist
 	$(BIN)/python -m build
 	$(BIN)/python scripts/check_dist.py dist
