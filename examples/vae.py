@@ -105,8 +105,8 @@ def refine(decoder: Decoder, teacher: torch.nn.Module, kimg: float, seed: int = 
 
 @click.command()
 @click.option("--set", "name", type=click.Choice(list(SETS)), default="digits", help="Take these images.")
-@click.option("--vae-kimg", default=200.0, help="Train the VAE on this many thousand images.")
-@click.option("--kimg", default=40.0, help="Refine its decoder on this many thousand.")
+@click.option("--vae-kimg", default=60.0, help="Train the VAE on this many thousand images.")
+@click.option("--kimg", default=20.0, help="Refine its decoder on this many thousand.")
 @click.option("--seed", default=0, help="Draw random numbers from this seed.")
 @click.option("--metrics", help="Measure these.  [default: distance, precision and recall of 2,000 images]")
 @click.option("--dest", default="vae.png", metavar="FILE.png", help="Write real images, VAE and refined VAE here.")
