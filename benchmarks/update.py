@@ -26,6 +26,7 @@ if "--plain" not in sys.argv:
     start.set_runtime()
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.published import PublishedLoop
 from di_refine import objectives, terminal
@@ -154,6 +155,10 @@ def main(
         print(f"ours / published: {np.mean(ratios):.2f} +- {spread(ratios):.2f}")
         answer |= {"published": results["published"], "ratio": np.mean(ratios), "ratio_sd": spread(ratios)}
     if profile:
+        with FlopCounterMode(display=False) as counter:
+            trainer.step()
+        counts = {str(name): count / 1e9 for name, count in counter.get_flop_counts()["Global"].items()}
+        print(", ".join(f"{name} {count:.1f}" for name, count in counts.items()) + " GFLOP/update")
         terminal.table(operators(trainer.step, device), ["operator", "ms/update", "share", "calls/update"])
     terminal.print_result(answer)
 

@@ -181,8 +181,8 @@ class TrainerConfig(UpdateConfig):
     )
     compile: bool = setting(
         False,
-        "Compile teacher, student score and generator with torch.compile, which takes minutes once. On a CPU it gains "
-        "nothing.",
+        "Compile teacher, student score and generator with torch.compile, which takes minutes once. The student score "
+        "stays as it is where a density ratio is learned, or with checkpoint_score. On a CPU it gains nothing.",
         group=MACHINE,
         may_change=True,
     )

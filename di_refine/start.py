@@ -39,7 +39,7 @@ def set_runtime() -> None:
     """Set what the libraries under PyTorch read when they load; the user's own environment variables win.
 
     OpenMP's threads wait for work by spinning. While another process needs their core, the thread that has work waits
-    for one that spins: with as many busy processes as cores, training falls to a fortieth. Threads that soon go to
+    for one that spins: with as many busy processes as cores, training falls to a fifteenth. Threads that soon go to
     sleep cost next to nothing on an idle machine (`benchmarks/threads.py`).
 
     glibc gives large blocks of memory back to the system at once, and the system clears them page by page when they are

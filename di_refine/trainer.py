@@ -181,14 +181,13 @@ class Trainer:
         self._log_prior = self._make_log_prior() if learns_ratio else None
 
         # What runs the networks. The ratio listens to the student's inner layers, and memory is saved between them.
-        plain = self.ratio is not None or config.checkpoint_score
         self._call: dict[str, Callable[..., Any]] = {GENERATOR: generator, TEACHER: self.teacher}
-        if config.compile:
-            self._call = {
-                name: compiled(net, backend) for name, net in ((GENERATOR, generator), (TEACHER, self.teacher))
-            }
         if self.student is not None:
-            self._call[STUDENT] = compiled(self.student, backend) if config.compile and not plain else self.student
+            self._call[STUDENT] = self.student
+        if config.compile:
+            plain = {STUDENT} if self.ratio is not None or config.checkpoint_score else set()
+            for name in self._call.keys() - plain:
+                self._call[name] = compiled(self._call[name], backend)
 
         # What the generator's loss flows through without leaving gradients there.
         self._others = [*self._score_parameters]

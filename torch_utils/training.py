@@ -140,7 +140,7 @@ def load_adam(optimizer: torch.optim.Adam, state: Mapping[str, Any]) -> None:
     optimizer.load_state_dict({"state": state["state"], "param_groups": own})
 
 
-def compiled(net: torch.nn.Module, backend: str = "inductor") -> Callable[..., Any]:
+def compiled(net: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
     """What to call in place of a network, to run it as `torch.compile` makes it.
 
     The network itself stays as it is, with the parameters that both use. Where it cannot be compiled, one line on

@@ -134,14 +134,12 @@ def _before_after(job: Job, path: Path, loop: Loop, summaries: list[dict[str, An
     drawn = net if best.path is None or best is loop.last else networks.load(best.path).average
     rows = job.subject.rows
     panels: list[tuple[str, pictures.Images]] = []
-    width = COLUMNS
+    width = columns(job.labels)
     for row, title, which in (
         (rows["original"], f"{rows['original']}: {job.subject.file.path.stem}", original),
         (rows["best"], f"{rows['best']}, {best.nimg / 1000:g} kimg", drawn),
     ):
-        sampler = job.sampler(which, "const")
-        samples, titles = class_grid(sampler)
-        width = columns(sampler.law)
+        samples, titles = class_grid(job.sampler(which, "const"))
         found = next((summary for summary in summaries if summary["source"] == row), None)
         key, mean = next(iter(found["results"].items())) if found else ("", 0.0)
         value = f"\n{key} {compare.number(mean, found['sd'].get(key))}" if found else ""

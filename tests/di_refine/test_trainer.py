@@ -810,3 +810,8 @@ def test_a_network_that_cannot_be_compiled_runs_without(capsys):
     plain = make_trainer()
     steps(plain, 2)
     assert all(torch.equal(value, snapshot(plain)[name]) for name, value in snapshot(trainer).items())
+
+
+def test_compiling_and_matched_dropout_exclude_each_other():
+    with pytest.raises(ValueError, match="leave one of them out"):
+        TrainerConfig(compile=True, dropout="matched")

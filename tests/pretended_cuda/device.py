@@ -32,7 +32,7 @@ class MixedDevices(RuntimeError):
     """An operator was given tensors, or a generator, of different devices."""
 
 
-def where(frames: int = 9) -> str:
+def where(frames: int = 20) -> str:
     """The innermost lines of the project in the present call, innermost first."""
     stack = [f for f in traceback.extract_stack() if not any(part in f.filename for part in NOT_OURS)]
     return " < ".join(f"{f.filename.rpartition('/')[2]}:{f.lineno} {f.name}" for f in reversed(stack[-frames:]))
