@@ -133,6 +133,21 @@ class TrainerConfig(UpdateConfig):
         group=LEARNING,
         default_text="a whole copy is trained",
     )
+    freeze: str | None = setting(
+        None,
+        "Do not train the generator's parameters that have such names, as in *.conv*.weight; separate several patterns "
+        "by commas.",
+        group=LEARNING,
+        metavar="PATTERNS",
+        default_text="all are trained",
+    )
+    score_freeze: str | None = setting(
+        None,
+        "Do not train the student score's parameters that have such names.",
+        group=LEARNING,
+        metavar="PATTERNS",
+        default_text="all are trained",
+    )
     # At the start the student score equals the teacher, so the first differences of scores would be noise.
     score_warmup: float = setting(
         20.0, "Train the student score alone for this many thousand images first.", minimum=0, group=LEARNING
@@ -200,6 +215,8 @@ class TrainerConfig(UpdateConfig):
             raise SettingError(str(error)) from None
         if self.tmax != 800 and self.sigma_dist != EDM_GRID:
             raise SettingError(f"tmax={self.tmax:g} belongs to sigma_dist={EDM_GRID}; give both, or leave it out")
+        if self.score_freeze is not None and self.score_adapter is not None:
+            raise SettingError("score_adapter has frozen the student score's weights; leave out score_freeze")
         if self.compile and self.dropout == "matched":
             raise SettingError(
                 "dropout=matched needs random numbers that compile draws otherwise; leave one of them out"

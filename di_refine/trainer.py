@@ -12,6 +12,7 @@ the student score (OpenReview of arXiv 2305.18455, algorithm 1, line 5), and the
 
 import contextlib
 import copy
+import fnmatch
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from di_refine.generators import Generator
 from di_refine.labels import LabelLaw
 from di_refine.noise import Law, by_sigma, expand_as
 from torch_utils import distributed, low_rank, misc
+from torch_utils.settings import SettingError
 from torch_utils.training import Average, FiniteWatch, adam, compiled, load_adam, seeded
 
 __all__ = ["Reference", "Trainer", "TrainerConfig"]
@@ -156,6 +158,7 @@ class Trainer:
         self._sigma, self._score_sigma = sigma, score_sigma
         self.device = next(generator.parameters()).device
         self.generator = generator.train().requires_grad_(True)
+        _freeze(generator, "generator", "freeze", config.freeze)
         self.teacher = teacher.to(self.device).requires_grad_(False)
         if student is not None and not self.objective.needs_student:
             raise ValueError(f"objective={config.objective} has no student score, but a student is given; leave it out")
@@ -163,7 +166,7 @@ class Trainer:
         self._score_parameters = torch.nn.ParameterList()
         # Dropout is active in train mode; the normalisations of the networks are the same in both modes.
         self.teacher.train(config.dropout == "matched")
-        self.optimizers = {GENERATOR: adam(generator.parameters(), config.lr, (config.beta1, BETA2))}
+        self.optimizers = {GENERATOR: adam(_trained(generator), config.lr, (config.beta1, BETA2))}
         if self.student is not None:
             self._score_parameters = low_rank.trained(self.student)
             self.optimizers[STUDENT] = adam(self._score_parameters, config.score_lr, (config.beta1, BETA2))
@@ -218,6 +221,7 @@ class Trainer:
             raise ValueError("`score_adapter` makes the student score of the teacher, but a student is given")
         if cfg.score_adapter is None:
             student.requires_grad_(True)
+            _freeze(student, "student score", "score_freeze", cfg.score_freeze)
         student = student.to(self.device).train(cfg.dropout == "matched")
         if cfg.checkpoint_score:
             denoisers.recompute_blocks(student)
@@ -609,6 +613,28 @@ def _frozen(params: list[torch.nn.Parameter]) -> Iterator[None]:
     finally:
         for p in params:
             p.requires_grad_(True)
+
+
+def _trained(net: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in net.parameters() if p.requires_grad]
+
+
+def _freeze(net: torch.nn.Module, name: str, setting: str, patterns: str | None) -> None:
+    """Freeze the parameters whose names match, as GDD does with most convolutions (arXiv 2405.20750, section 4).
+
+    Raises:
+        SettingError: no name matches, or all do.
+    """
+    if patterns is None:
+        return
+    wanted = [pattern.strip() for pattern in patterns.split(",")]
+    named = dict(net.named_parameters())
+    frozen = [p for key, p in named.items() if any(fnmatch.fnmatchcase(key, pattern) for pattern in wanted)]
+    if len(frozen) in (0, len(named)):
+        what = "matches no parameter" if not frozen else "leaves no parameter to train"
+        raise SettingError(f"{setting}={patterns} {what} of the {name}; one of its names is {next(iter(named))}")
+    for p in frozen:
+        p.requires_grad_(False)
 
 
 def _per_sample(values: torch.Tensor) -> torch.Tensor:

@@ -172,6 +172,37 @@ def test_a_student_score_that_shares_the_teachers_weights():
         Trainer(trainer.generator, trainer.teacher, trainer.config, student=trainer.student)
 
 
+def test_frozen_parameters_stay_and_the_others_move():
+    settings = {"label_dim": 3, "batch": 8, "freeze": "*bias", "score_freeze": "*conv0.weight, *conv1.weight"}
+    trainer = make_trainer(**settings)
+    before = copy.deepcopy([dict(net.named_parameters()) for net in (trainer.generator, trainer.student)])
+    steps(trainer, 1)
+    saved = copy.deepcopy(trainer.state_dict())
+    expected = steps(trainer, 1)
+    patterns = (("bias",), ("conv0.weight", "conv1.weight"))
+    for net, old, names in zip((trainer.generator, trainer.student), before, patterns):
+        frozen = {name for name in old if name.endswith(names)}
+        same = {name for name, p in net.named_parameters() if torch.equal(p, old[name])}
+        assert frozen and same >= frozen and len(same) < len(old)
+    again = make_trainer(**settings)
+    again.load_state_dict(saved)
+    assert steps(again, 1) == expected
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"freeze": "nothing*"}, "matches no parameter of the generator"),
+        ({"freeze": "*"}, "leaves no parameter to train of the generator"),
+        ({"score_freeze": "nothing*"}, "matches no parameter of the student score"),
+        ({"score_freeze": "*conv*", "score_adapter": 2}, "leave out score_freeze"),
+    ],
+)
+def test_patterns_that_freeze_nothing_or_all_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(label_dim=3, **settings)
+
+
 def test_a_resumed_trainer_uses_its_own_rates():
     network = torch.nn.Linear(2, 2)
     network.latent_shape, network.label_dim = (2,), 0
