@@ -127,22 +127,21 @@ def measure(plan: Plan, entry: str, seed: int, kimg: float | None) -> dict:
         command = [*plan.entries[entry], f"--seed={seed}", f"--outdir={folder}"]
         command += [] if kimg is None else [f"--kimg={kimg:.4g}"]
         report = json.loads(run(command, environment))
-        lines = Path(report["run_dir"], f"metric-{plan.metrics[0]}.jsonl").read_text().splitlines()
-        snapshots = [json.loads(line)["results"][plan.metrics[0]] for line in lines]
-        networks = [f"--network={name}" for name in (plan.network, report["snapshot"])]
+        last, best = report["snapshot"], report["best_snapshot"]
+        networks = [f"--network={name}" for name in dict.fromkeys((plan.network, last, best))]
         told = ["calc_metrics.py", *networks, f"--metrics={','.join(plan.metrics)}", f"--seed={seed}"]
         found = json.loads(run(told, environment))["results"]
-    values: list[dict] = [{}, {}]
+    values: dict[str, dict] = {}
     for result in found:
-        values[result["source"] != plan.network].update(result["results"])
+        values.setdefault(result["source"], {}).update(result["results"])
     distance = plan.metrics[0]
     return {
         "entry": entry,
         "seed": seed,
-        "before": values[0][distance],
-        "after": values[1][distance],
-        "best": min(snapshots),
-        "values": values[1],
+        "before": values[plan.network][distance],
+        "after": values[last][distance],
+        "best": values[best][distance],
+        "values": values[last],
         "kimg": report["kimg"],
         "images_per_sec": report["images_per_sec"],
         "minutes": (time.monotonic() - started) / 60,
