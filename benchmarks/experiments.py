@@ -27,7 +27,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from di_refine import terminal
+from di_refine import objectives, terminal
 from di_refine.commands import cli
 from di_refine.errors import RunError
 
@@ -68,7 +68,7 @@ def _objectives(command: tuple[str, ...], names: str) -> dict[str, tuple[str, ..
     entries = {}
     for name in names.split(","):
         entries[name] = (*command, f"--objective={name}")
-        if name.startswith(("f-", "uni-")) and not name.endswith("-rkl"):
+        if objectives.get(name).needs_ratio:
             entries[name] += _RATIO
     return entries
 
@@ -98,10 +98,11 @@ PLANS = {
 }
 
 
-def run(command: list[str], env: dict[str, str]) -> str:
-    """Run a command to its end and return the last line that it prints."""
+def run(command: list[str]) -> str:
+    """Run a command with one thread to its end, and return the last line that it prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True, check=False
+        [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
         raise RunError(f"{' '.join(command)} ended with status {done.returncode}")
@@ -116,21 +117,21 @@ def flop_per_image(command: tuple[str, ...]) -> float:
     for updates in (32, 64):
         with tempfile.TemporaryDirectory() as folder:
             told = ["benchmarks/flop.py", *command, *options, f"--kimg={updates * 0.032}", f"--outdir={folder}"]
-            totals.append(int(run(told, {"OMP_NUM_THREADS": "1"})))
+            totals.append(int(run(told)))
     return (totals[1] - totals[0]) / (32 * 32)
 
 
 def measure(plan: Plan, entry: str, seed: int, kimg: float | None) -> dict:
     """Run an entry once and keep what the table needs."""
-    environment, started = {"OMP_NUM_THREADS": "1"}, time.monotonic()
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         command = [*plan.entries[entry], f"--seed={seed}", f"--outdir={folder}"]
         command += [] if kimg is None else [f"--kimg={kimg:.4g}"]
-        report = json.loads(run(command, environment))
+        report = json.loads(run(command))
         last, best = report["snapshot"], report["best_snapshot"]
         networks = [f"--network={name}" for name in dict.fromkeys((plan.network, last, best))]
         told = ["calc_metrics.py", *networks, f"--metrics={','.join(plan.metrics)}", f"--seed={seed}"]
-        found = json.loads(run(told, environment))["results"]
+        found = json.loads(run(told))["results"]
     values: dict[str, dict] = {}
     for result in found:
         values.setdefault(result["source"], {}).update(result["results"])
@@ -177,8 +178,9 @@ def main(name, names, seeds, results, table_only):
         for line in known():
             if line["entry"] == entry and "flop_per_image" in line:
                 return line["flop_per_image"]
-        keep({"entry": entry, "flop_per_image": flop_per_image(plan.entries[entry])})
-        return arithmetic(entry)
+        count = flop_per_image(plan.entries[entry])
+        keep({"entry": entry, "flop_per_image": count})
+        return count
 
     chosen = names.split(";") if names else list(plan.entries)
     unknown = [entry for entry in chosen if entry not in plan.entries]
@@ -202,7 +204,7 @@ def main(name, names, seeds, results, table_only):
             continue
 
         def column(key: str, runs=runs) -> str:
-            values = [line[key] if key in line else line.get("values", {}).get(key) for line in runs]
+            values = [line.get(key, line.get("values", {}).get(key)) for line in runs]
             return "" if None in values else spread(values)
 
         cells = [entry, f"{np.mean([line['kimg'] for line in runs]):.1f}"]

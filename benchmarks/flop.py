@@ -1,6 +1,8 @@
-"""Floating-point operations of a whole command, convolutions and matrix products alone, printed as its last line.
+"""Floating-point operations of a whole command, convolutions and matrix products alone.
 
-python benchmarks/flop.py refine.py --network=stylegan2-digits.pkl --kimg=0.5 --metrics=none --outdir=/tmp/runs
+    python benchmarks/flop.py refine.py --network=stylegan2-digits.pkl --kimg=0.5 --metrics=none --outdir=/tmp/runs
+
+The number is the last line of what is printed.
 """
 
 import runpy
@@ -30,6 +32,8 @@ class Counter(TorchDispatchMode):
 
 def main() -> None:
     """Run the command that is named, with its arguments, and print the number; its exit status stays."""
+    if len(sys.argv) < 2:
+        sys.exit("usage: python benchmarks/flop.py COMMAND.py [ARGUMENTS]")
     status: int | str | None = 0
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)  # as if Python had been started with the command itself

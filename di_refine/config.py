@@ -135,8 +135,8 @@ class TrainerConfig(UpdateConfig):
     )
     freeze: str | None = setting(
         None,
-        "Do not train the generator's parameters that have such names, as in *.conv*.weight; separate several patterns "
-        "by commas.",
+        "Do not train the generator's parameters that have such names, as in *.conv[01].weight; separate several "
+        "patterns by commas.",
         group=LEARNING,
         metavar="PATTERNS",
         default_text="all are trained",
@@ -215,6 +215,8 @@ class TrainerConfig(UpdateConfig):
             raise SettingError(str(error)) from None
         if self.tmax != 800 and self.sigma_dist != EDM_GRID:
             raise SettingError(f"tmax={self.tmax:g} belongs to sigma_dist={EDM_GRID}; give both, or leave it out")
+        if self.score_freeze is not None and not self.divergence().needs_student:
+            raise SettingError(f"objective={self.objective} has no student score; leave out score_freeze")
         if self.score_freeze is not None and self.score_adapter is not None:
             raise SettingError("score_adapter has frozen the student score's weights; leave out score_freeze")
         if self.compile and self.dropout == "matched":

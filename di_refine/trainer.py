@@ -166,7 +166,7 @@ class Trainer:
         self._score_parameters = torch.nn.ParameterList()
         # Dropout is active in train mode; the normalisations of the networks are the same in both modes.
         self.teacher.train(config.dropout == "matched")
-        self.optimizers = {GENERATOR: adam(_trained(generator), config.lr, (config.beta1, BETA2))}
+        self.optimizers = {GENERATOR: adam(low_rank.trained(generator), config.lr, (config.beta1, BETA2))}
         if self.student is not None:
             self._score_parameters = low_rank.trained(self.student)
             self.optimizers[STUDENT] = adam(self._score_parameters, config.score_lr, (config.beta1, BETA2))
@@ -615,12 +615,8 @@ def _frozen(params: list[torch.nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _trained(net: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [p for p in net.parameters() if p.requires_grad]
-
-
 def _freeze(net: torch.nn.Module, name: str, setting: str, patterns: str | None) -> None:
-    """Freeze the parameters whose names match, as GDD does with most convolutions (arXiv 2405.20750, section 4).
+    """Freeze the parameters whose names match, as GDD does with most convolutions (arXiv 2405.20750).
 
     Raises:
         SettingError: no name matches, or all do.

@@ -57,5 +57,5 @@ def adapted(net: torch.nn.Module, rank: int, seed: int = 0) -> torch.nn.Module:
 
 
 def trained(net: torch.nn.Module) -> torch.nn.ParameterList:
-    """Return the parameters of an adapted network that are trained, in a fixed order, as a module of their own."""
+    """Return the parameters of a network that are trained, in a fixed order, as a module of their own."""
     return torch.nn.ParameterList(p for p in net.parameters() if p.requires_grad)

@@ -196,6 +196,7 @@ def test_frozen_parameters_stay_and_the_others_move():
         ({"freeze": "*"}, "leaves no parameter to train of the generator"),
         ({"score_freeze": "nothing*"}, "matches no parameter of the student score"),
         ({"score_freeze": "*conv*", "score_adapter": 2}, "leave out score_freeze"),
+        ({"score_freeze": "*conv*", "objective": "sds"}, "has no student score"),
     ],
 )
 def test_patterns_that_freeze_nothing_or_all_are_refused(settings, message):
